@@ -1442,28 +1442,29 @@ def _exec(args: Arguments) -> int:
 # ------------------------------------------------------------------------------------ Parser
 
 # flags: (what the value is called, None for a switch; help, with [environment; default])
-_COMMON = {
+Options = dict[tuple[str, ...], "tuple[str | None, str]"]
+_COMMON: Options = {
     ("-s", "--socket"): ("PATH", f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"),
     ("-v", "--verbose"): (None, "say what happens, on stderr"),
 }
-_POOL = {
+_POOL: Options = {
     ("--prefix",): ("PREFIX", "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"),
     ("--count",): ("N", f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"),
 }
-_EPHEMERAL = {
+_EPHEMERAL: Options = {
     ("--ephemeral",): (None, "start a throw-away PostgreSQL with the pool's databases"),
     ("--init",): ("CMD", "with --ephemeral: run with PGDATABASE=template1, the others' template"),
 }
-_EACH = {
+_EACH: Options = {
     ("-i", "--ignore-exit-code"): (None, "go on after a failure, and exit 0"),
     ("-x", "--xargs", "--xarg"): (None, "append the database's name to COMMAND's arguments"),
 }
-_WAIT = {
+_WAIT: Options = {
     ("--timeout",): ("SECONDS", "how long to wait for a database [PGM_TIMEOUT; for ever]"),
 }
 
 # subcommand: (function, summary, options, whether it takes a COMMAND)
-_SUBCOMMANDS = {
+_SUBCOMMANDS: dict[str, tuple[Callable[[Arguments], int], str, Options, bool]] = {
     "serve": (_serve, "serve a pool until interrupted", _POOL, False),
     "wrap": (_wrap, "serve a pool while COMMAND runs", {**_POOL, **_EPHEMERAL}, True),
     "wrap-each": (_wrap_each, "run COMMAND once for each database", {**_POOL, **_EACH}, True),
@@ -1478,7 +1479,7 @@ def _parser() -> argparse.ArgumentParser:
         def error(self, message: str) -> Any:
             raise UsageError(f"{message}; see '{self.prog} --help'")
 
-    def add(parser: Parser, options: Mapping[tuple[str, ...], tuple[str | None, str]]) -> None:
+    def add(parser: Parser, options: Options) -> None:
         for flags, (metavar, text) in options.items():
             # No default, or that of the subcommand would win over what was given before it.
             if metavar is None:
