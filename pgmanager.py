@@ -50,7 +50,7 @@ import struct
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AcquireTimeout",
+    "ClaimError",
     "Error",
     "Lease",
     "PoolBroken",
@@ -68,6 +69,7 @@ __all__ = [
     "SocketError",
     "UsageError",
     "acquire",
+    "acquire_async",
     "serving",
 ]
 __version__ = "0.1.0"
@@ -102,6 +104,10 @@ class AcquireTimeout(Error, TimeoutError):
 
 class SocketError(Error, OSError):
     """The socket cannot be served on: it is taken, or its place does not allow it."""
+
+
+class ClaimError(Error, RuntimeError):
+    """Another server on this host hands out the same names."""
 
 
 class PostgresError(Error, RuntimeError):
@@ -144,6 +150,7 @@ DEFAULT_COUNT = "8"
 MAX_NAME_BYTES = 63
 # sizeof sun_path less its NUL: unix(7) on Linux, <sys/un.h> on macOS and the BSDs.
 MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
+MAX_ANSWER_BYTES = 1024  # of the protocol
 # A socket's time-out is passed to poll(2), which counts milliseconds in an int: 24 days.
 MAX_TIMEOUT = 1_000_000
 
@@ -214,6 +221,59 @@ def _timeout(given: float | str | None = None) -> float | None:
     return seconds
 
 
+def _prepare_command(given: str | None = None) -> str | None:
+    """Return the shell command that prepares a database, None if none is to; or UsageError."""
+    command, source = _setting(given, "--prepare", "PGM_PREPARE")
+    if command is not None and (not command.strip() or "\0" in command):
+        raise UsageError(
+            f"bad prepare command: {command!r} from {source}; give a shell command, or leave it out"
+        )
+    return command
+
+
+def _jobs(given: str | None) -> int:
+    """Return how many commands to run at a time."""
+    text = "1" if given is None else given
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UsageError(
+            f"bad number of jobs: {text!r} from --jobs; give a whole number, 1 or more"
+        )
+    return int(text)
+
+
+def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment in which PGDATABASE and DATABASE_URL, if set, name a database."""
+    env = {**(os.environ if env is None else env), "PGDATABASE": name}
+    if "DATABASE_URL" in env:
+        env["DATABASE_URL"] = _with_database(env["DATABASE_URL"], name)
+    return env
+
+
+def _with_database(url: str, name: str) -> str:
+    """Return a PostgreSQL URL with only its database replaced; or raise UsageError."""
+    import re
+    from urllib.parse import quote
+
+    host = r"(?:\[[^]/?#@\s]*\]|[^]\[:,/?#@\s]*)(?::\d*)?"  # the port too; libpq allows several
+    parts = re.fullmatch(
+        r"((?:jdbc:)?(?:postgres(?:ql)?|postgis)(?:\+\w+)?://"  # SQLAlchemy adds +driver
+        rf"(?:[^/?#@\s]*@)?{host}(?:,{host})*)"
+        r"(?:/[^/?#\s]*)?"
+        r"(\?[^#\s]*)?(#\S*)?",
+        url,
+    )
+    if parts is None:
+        # Not shown: there may be a password in it.
+        raise UsageError(
+            "cannot read DATABASE_URL: not postgresql://user:password@host:port/database?options; "
+            "correct it, or unset it"
+        )
+    start, query, fragment = parts.groups(default="")
+    options = [o for o in query[1:].split("&") if not o.startswith("dbname=")]  # would win
+    query = "?" + "&".join(options) if options != [""] else ""
+    return f"{start}/{quote(name, safe='')}{query}{fragment}"
+
+
 def _say(text: str) -> None:
     """Print a line on stderr, if there still is one: a message must never stop a server."""
     with contextlib.suppress(OSError, ValueError):
@@ -225,6 +285,8 @@ def _say(text: str) -> None:
 
 FREE = "free"
 LEASED = "leased"
+PREPARING = "preparing"
+BROKEN = "broken"
 
 Client = Hashable  # whoever acquires: the server passes connections, a test anything
 Grant = tuple[Client, str]
@@ -241,37 +303,59 @@ class Pool:
     No socket, no thread, no process here, and the clock is passed in. Every client becomes a
     waiter, if only for an instant, and ``_match`` alone turns the first waiter into the holder of
     the name that has been free for longest. That one place is where the order is kept.
+
+    With ``prepare``, a name is not free at first, nor after a release, but preparing: ``prepare``
+    is called with it, must not block, and sees to it that ``ready`` or ``fail`` is called later.
     """
 
     def __init__(
-        self, names: Iterable[str], *, clock: Callable[[], float] = time.monotonic
+        self,
+        names: Iterable[str],
+        *,
+        prepare: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # The law of the lock: it guards every attribute below, and each public method takes it
         # once, so a release and the grant that follows from it are one step. Nothing that can
         # block runs under it: whoever called delivers the grant after the method has returned.
         self._lock = threading.Lock()
         self._clock = clock
-        self._free = collections.deque(names)
-        self._state = dict.fromkeys(self._free, FREE)
-        self._since = dict.fromkeys(self._free, clock())
+        self._prepare = prepare
+        self.names = tuple(names)
+        self._free = collections.deque(self.names if prepare is None else ())
+        self._state = dict.fromkeys(self.names, FREE if prepare is None else PREPARING)
+        self._since = dict.fromkeys(self.names, clock())
         self._holders: dict[Client, str] = {}
         # Ordered, so that the first is cheap to take and one that gives up is cheap to remove.
         self._waiters: collections.OrderedDict[Client, float] = collections.OrderedDict()
         self._closed = False
-        self.names = tuple(self._free)
+        self._broken_by: str | None = None  # why no name can ever come
         self.leases = 0
         self.peak = 0
+        self.demand = 0  # the most holders and waiters there were at one time
         self.waited = 0
         self.wait_seconds_total = 0.0
         self.wait_seconds_max = 0.0
 
+    def start(self) -> None:
+        """Have every database prepared for its first lease."""
+        if self._prepare is not None:
+            for name in self.names:
+                self._prepare(name)
+
     def acquire(self, client: Client) -> str | None:
-        """Return the client's name if it has one at once; else None, and the client waits."""
+        """Return the client's name if it has one at once; else None, and the client waits.
+
+        Raises PoolBroken, and the client does not wait, when no name can ever come.
+        """
         with self._lock:
             if client in self._holders or client in self._waiters:
                 raise ValueError(f"client is in the pool already: {client!r}")
+            if self._broken_by is not None:
+                raise PoolBroken(self._broken_by)
             now = self._clock()
             self._waiters[client] = now
+            self.demand = max(self.demand, len(self._holders) + len(self._waiters))
             grant = self._match(now)
             if grant is None:
                 self.waited += 1
@@ -288,9 +372,30 @@ class Pool:
             name = self._holders.pop(client, None)
             if name is None:
                 return None
-            self._enter(name, FREE, now)
-            self._free.append(name)
-            return self._match(now)
+            if self._prepare is None:
+                return self._free_up(name, now)
+            self._enter(name, PREPARING, now)
+        self._prepare(name)
+        return None
+
+    def ready(self, name: str) -> Grant | None:
+        """Take a name that is prepared; return the grant this makes possible."""
+        with self._lock:
+            return self._free_up(name, self._clock())
+
+    def fail(self, name: str, reason: str) -> list[Client]:
+        """Count out a name whose preparation failed.
+
+        Returns the waiters for whom that was the last hope. They are waiters no longer.
+        """
+        with self._lock:
+            self._enter(name, BROKEN, self._clock())
+            if any(state != BROKEN for state in self._state.values()):
+                return []
+            self._broken_by = reason
+            hopeless = list(self._waiters)
+            self._waiters.clear()
+            return hopeless
 
     def close(self) -> list[Client]:
         """Grant nothing from now on; return all holders and waiters, to be disconnected."""
@@ -316,6 +421,11 @@ class Pool:
                 "wait_seconds_max": round(self.wait_seconds_max, 6),
             }
             return databases, waiting, totals
+
+    def _free_up(self, name: str, now: float) -> Grant | None:
+        self._enter(name, FREE, now)
+        self._free.append(name)
+        return self._match(now)
 
     def _match(self, now: float) -> Grant | None:
         """Give the first free name to the first waiter, if there are both."""
@@ -461,9 +571,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Grant a name at once if one is free, and only then start the connection's thread."""
         observer = bool(client_address)
         if not observer:
-            name = self.pool.acquire(request)
-            if name is not None:
-                self._grant(request, name)
+            try:
+                name = self.pool.acquire(request)
+            except PoolBroken as error:
+                self._send(request, f"EMPTY:{error}", last=True)
+            else:
+                if name is not None:
+                    self._grant(request, name)
         try:
             super().process_request(request, client_address)
         except (RuntimeError, MemoryError) as error:
@@ -488,7 +602,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.shutdown_request(request)
 
     def shutdown(self) -> None:
-        """Make ``serve_forever`` return. May be called from any thread, more than once."""
+        """Grant no more, and make ``serve_forever`` return. May be called from any thread."""
+        self.pool.close()
         self._stopping = True
         self._wake()
 
@@ -534,15 +649,31 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # Any thread.
 
     def _grant(self, request: Any, name: str) -> None:
-        """Tell a client its name. If that fails it is gone, and its thread will see so."""
         if self.verbose:
             _say(f"{name} is leased to process {_peer_pid(request)}")
+        self._send(request, f"OK:{name}")
+
+    def _send(self, request: Any, answer: str, last: bool = False) -> None:
+        """Answer a client. If it is gone the connection's end, seen by its thread, says so too."""
         with self._wire:
             try:
-                request.send(b"OK:" + os.fsencode(name), socket.MSG_DONTWAIT)
+                request.send(os.fsencode(answer)[:MAX_ANSWER_BYTES], socket.MSG_DONTWAIT)
             except OSError:
+                last = True
+            if last:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)
+
+    def ready(self, name: str) -> None:
+        """Pass a database that is prepared to the first in line."""
+        grant = self.pool.ready(name)
+        if grant is not None:
+            self._grant(*grant)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Count out a database that could not be prepared; after the last, turn waiters away."""
+        for request in self.pool.fail(name, reason):
+            self._send(request, f"EMPTY:{reason}", last=True)
 
     def status(self) -> dict[str, Any]:
         """Return the document that an observer is sent; times are in seconds."""
@@ -676,6 +807,83 @@ def _bound(connection: socket.socket) -> Iterator[None]:
         os.unlink(path)
 
 
+@contextlib.contextmanager
+def _claimed(prefix: str, command: str) -> Iterator[None]:
+    """Hold the claim on names against one PostgreSQL; raise ClaimError where another does.
+
+    The claim is a lock (flock(2)) on a file that names host, port and prefix. Every process that
+    inherits its descriptor keeps it: a command whose wrap was killed still uses the names.
+    """
+    from urllib.parse import quote
+
+    host = os.environ.get("PGHOST", "")
+    if host in ("", "127.0.0.1", "::1", "/tmp", "/var/run/postgresql", "/run/postgresql"):
+        host = "localhost"  # all lead to the server that is local by default
+    port = os.environ.get("PGPORT") or "5432"
+    subject = quote(f"{host}:{port}:{prefix}", safe="")[-200:]
+    path = f"/tmp/pgmanager-{os.geteuid()}-{subject}.claim"
+    descriptor = _lock_claim(path, prefix, f"{host}:{port}")
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} {command}".encode())
+        os.set_inheritable(descriptor, True)
+        yield
+    finally:
+        # Removed before it is unlocked; and unlocked by name, not just closed, for what a
+        # command that has ended leaves running must not keep the next server from starting.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _lock_claim(path: str, prefix: str, host: str) -> int:
+    while True:
+        try:
+            low = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            descriptor = _raised(low)
+            os.close(low)
+        except OSError as error:
+            raise ClaimError(
+                f"cannot claim the names: {path}: {error.strerror}; remove it, or choose another "
+                "--prefix"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                return descriptor
+        except BlockingIOError:
+            pid, _, command = os.read(descriptor, 100).decode().partition(" ")
+            os.close(descriptor)
+            raise ClaimError(
+                f"names are in use: {prefix}0, 1, 2 ... on {host} by pgmanager {command}, "
+                f"process {pid or 'unknown'}{_afterlife(pid, path)}; choose another --prefix, "
+                "share one 'pgmanager serve', or use 'wrap --ephemeral'"
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # removed by its last holder between our open and our lock
+
+
+def _afterlife(pid: str, path: str) -> str:
+    """Say so when the holder of a claim is dead, and what it ran lives on with the claim."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return f" (killed, but its command lives on: see 'fuser {path}')"
+    except (ValueError, OSError):
+        pass
+    return ""
+
+
+def _raised(descriptor: int) -> int:
+    """Copy a descriptor to a high number, inheritable: no shell's `exec 3<file` will close it."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64)
+    except OSError:  # a limit below that
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
+
+
 def _peer_pid(connection: socket.socket) -> int | None:
     """Return the process that connected, None if it cannot be told."""
     try:
@@ -717,10 +925,11 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
         connection.settimeout(seconds)
         try:
             connection.connect(path)
-            while chunk := connection.recv(65536):
+            # Another server may have taken us for a client: not a moment longer than needed.
+            while (chunk := connection.recv(65536)) and (answer + chunk).startswith(b"{"):
                 answer += chunk
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise _no_server(path) from error
+            raise _cannot_connect(path, error) from error
         except OSError:
             pass
     try:
@@ -731,13 +940,6 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------------ Client
-
-
-def _no_server(path: str) -> ServerError:
-    return ServerError(
-        f"no server at the socket: {path}; start one with 'pgmanager serve', run under "
-        "'pgmanager wrap', or set PGM_SOCKET"
-    )
 
 
 class Lease(str):
@@ -819,6 +1021,41 @@ def acquire(timeout: float | None = None, *, socket_path: str | None = None) -> 
         raise
 
 
+@contextlib.asynccontextmanager
+async def acquire_async(
+    timeout: float | None = None, *, socket_path: str | None = None
+) -> AsyncIterator[Lease]:
+    """Hold a lease for the length of an ``async with``; as ``acquire``, without blocking the loop.
+
+    Cancelled or timed out, it leaves neither lease nor waiter behind.
+    """
+    import asyncio
+
+    path = _socket_path(socket_path)
+    seconds = _timeout(timeout)
+    started = time.monotonic()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            raise _cannot_connect(path, error) from error
+        loop = asyncio.get_running_loop()
+        try:
+            answer = await asyncio.wait_for(loop.sock_recv(connection, MAX_ANSWER_BYTES), seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            waited = time.monotonic() - started
+            text = await loop.run_in_executor(None, _who_holds, path, waited)
+            try:
+                answer = connection.recv(MAX_ANSWER_BYTES)
+            except OSError:
+                raise AcquireTimeout(text) from None
+        except OSError:
+            answer = b""
+        with Lease(_granted_name(answer, path), connection) as lease:
+            yield lease
+
+
 def _connect(connection: socket.socket, path: str, seconds: float | None) -> None:
     """Connect; blocks while the server's backlog is full."""
     # Not settimeout: with it, Linux fails at once on a full backlog instead of waiting.
@@ -829,18 +1066,26 @@ def _connect(connection: socket.socket, path: str, seconds: float | None) -> Non
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
     try:
         connection.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise _no_server(path) from error
-    except BlockingIOError as error:
-        raise AcquireTimeout(
-            f"no lease in time: {seconds:g} s, too many clients wait to be accepted at {path}; "
-            "is the server stopped?"
-        ) from error
     except OSError as error:
-        raise ServerError(
-            f"cannot connect to the socket: {path}: {error.strerror}; set PGM_SOCKET to a "
-            "pgmanager server's"
-        ) from error
+        raise _cannot_connect(path, error) from error
+
+
+def _cannot_connect(path: str, error: OSError) -> Error:
+    """Return the error that tells why the socket of a server could not be connected to."""
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        return ServerError(
+            f"no server at the socket: {path}; start one with 'pgmanager serve', run under "
+            "'pgmanager wrap', or set PGM_SOCKET"
+        )
+    if isinstance(error, BlockingIOError):
+        return AcquireTimeout(
+            f"the server accepts no one: {path}, and its queue is full; is it stopped? "
+            "If so, continue or restart it"
+        )
+    return ServerError(
+        f"cannot connect to the socket: {path}: {error.strerror}; set PGM_SOCKET to a "
+        "pgmanager server's"
+    )
 
 
 def _answer(connection: socket.socket, path: str, started: float, seconds: float | None) -> bytes:
@@ -848,17 +1093,54 @@ def _answer(connection: socket.socket, path: str, started: float, seconds: float
     if seconds is not None:
         connection.settimeout(max(started + seconds - time.monotonic(), 0.001))
     try:
-        answer = connection.recv(1024)
-        while answer.startswith(b"EMPTY:") and (more := connection.recv(1024)):
-            answer += more
+        answer = connection.recv(MAX_ANSWER_BYTES)
     except (socket.timeout, BlockingIOError):
-        raise AcquireTimeout(
-            f"no lease in time: {seconds:g} s at {path}; raise the timeout"
-        ) from None
+        # The server accepts in order: once it has answered an observer, it has seen us too, and
+        # a name that was there for us has come. So a timeout of 0 is exact, and none is missed.
+        text = _who_holds(path, time.monotonic() - started)
+        try:
+            connection.setblocking(False)
+            answer = connection.recv(MAX_ANSWER_BYTES)
+        except OSError:
+            raise AcquireTimeout(text) from None
     except OSError:  # reset: as good as closed
         answer = b""
-    connection.settimeout(None)
+    connection.setblocking(True)
     return answer
+
+
+def _who_holds(path: str, waited: float) -> str:
+    """Say after a timeout what it was waited for."""
+    text = f"no database came free: {waited:.3g} s waited at {path}"
+    advice = "; raise the timeout, or --count on the server"
+    try:
+        status = _observe(path)
+    except OSError:
+        status = None
+    if status is None:
+        return text + advice
+    pids = [waiter["pid"] for waiter in status["waiting"]]
+    ahead = pids.index(os.getpid()) if os.getpid() in pids else len(pids)
+    held = [_held_by(row) for row in status["databases"] if row["state"] != FREE]
+    more = f" and {len(held) - 8} more" if len(held) > 8 else ""
+    return f"{text}, {ahead} ahead{advice}; {', '.join(held[:8])}{more}"
+
+
+def _held_by(row: Mapping[str, Any]) -> str:
+    if row["state"] != LEASED:
+        return f"{row['name']} {row['state']} for {_duration(row['seconds'])}"
+    command = f" ({row['process'][:60]})" if row["process"] else ""
+    return f"{row['name']} held by process {row['pid']}{command} for {_duration(row['seconds'])}"
+
+
+def _duration(seconds: float) -> str:
+    """Write a time the way people say it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min {int(seconds % 60)} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _granted_name(answer: bytes, path: str) -> str:
@@ -931,23 +1213,41 @@ class _Signals:
             self.check()
 
     def run(self, command: Sequence[str] | str, env: Mapping[str, str], **options: Any) -> int:
-        """Run a command to its end and return its status, 128+n if signal n ended it.
+        """Run a command to its end and return its status."""
+        process = self.start(command, env, **options)
+        return _status(self.wait([process]))
 
-        It has our standard streams, process group, terminal and any other inherited descriptor,
-        as make's job server needs; all of ours are close-on-exec (PEP 446).
+    def start(
+        self, command: Sequence[str] | str, env: Mapping[str, str], **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start a command with our standard streams, in our process group, on our terminal.
+
+        It inherits what we inherited, which make's job server needs; all that we opened
+        ourselves is close-on-exec (PEP 446). Raises CommandError, or _Interrupted.
         """
         import subprocess
 
         self.check()
         try:
-            process = subprocess.Popen(command, env=env, close_fds=False, **options)
+            return subprocess.Popen(command, env=env, close_fds=False, **options)
         except OSError as error:
             raise CommandError(command[0], error) from error
-        while process.poll() is None:
+
+    def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        """Return the first process that ends; signals that come meanwhile are passed on to all."""
+        while True:
+            for process in processes:
+                if process.poll() is not None:
+                    return process
             number = self.next()
             if number in self.PASSED_ON:
-                process.send_signal(number)
-        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+                for process in processes:
+                    process.send_signal(number)
+
+
+def _status(process: subprocess.Popen[bytes]) -> int:
+    """Return a process's exit status as a shell gives it: 128+n if signal n ended it."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def _noted(number: int, frame: object) -> None:
@@ -964,7 +1264,99 @@ def _readable(first: Any, *others: Any) -> bool:
 
 
 # --------------------------------------------------------------------------------- Databases
-#
+
+
+class _Preparer:
+    """Runs the prepare command, in the background, as many at once as there are processors.
+
+    Each run is a session of its own: a Ctrl-C is not meant for it, and it can be ended with all
+    its children.
+    """
+
+    def __init__(self, command: str, env: Mapping[str, str]) -> None:
+        import queue
+
+        self._command = command
+        self._env = env
+        self._names: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        # Guards the two below: after stop() has looked, nothing new is started.
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopping = threading.Event()
+
+    def put(self, name: str) -> None:
+        """Have a database prepared. Does not block."""
+        self._names.put(name)
+
+    def start(self, server: Server) -> None:
+        """Start to prepare, and to report to the server."""
+        for _ in range(min(os.cpu_count() or 1, len(server.pool.names))):
+            thread = threading.Thread(target=self._work, args=(server,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """End what runs, with all its children; blocks until it has ended. Idempotent."""
+        with self._lock:
+            self._stopping.set()
+            for process in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        for _ in self._threads:
+            self._names.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, server: Server) -> None:
+        while (name := self._names.get()) is not None:
+            try:
+                reason = self._run(name)
+            except OSError as error:
+                # Not the database's fault, which must not be lost by it: once more, later.
+                _say(f"cannot prepare {name} for now: {error.strerror}; trying again")
+                self._stopping.wait(1)
+                self._names.put(name)
+                continue
+            if self._stopping.is_set():
+                return
+            if reason is None:
+                server.ready(name)
+            else:
+                server.fail(name, reason)
+
+    def _run(self, name: str) -> str | None:
+        """Prepare one database; return None, or why it failed, having shown the output's end."""
+        import subprocess
+        import tempfile
+
+        # A file, not a pipe: a pipe would have to be read until the last child is gone.
+        with tempfile.TemporaryFile() as output:
+            with self._lock:
+                if self._stopping.is_set():
+                    return None
+                process = subprocess.Popen(
+                    self._command,
+                    shell=True,
+                    env=_leading_to(name, self._env),
+                    close_fds=False,  # the claim lasts as long as whatever uses the names
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
+                self._running.add(process)
+            process.wait()
+            with self._lock:
+                self._running.discard(process)
+            if self._stopping.is_set() or process.returncode == 0:
+                return None
+            said = _tail(output)
+        failure = f"cannot prepare {name}: exit status {_status(process)}"
+        _say(f"{failure}: {self._command}; {name} is out of use until a restart\n{said}".rstrip())
+        return f"{failure}: {said.splitlines()[-1]}" if said else failure
+
+
 # The throw-away PostgreSQL belongs to a watchdog, a process of its own that runs until its
 # standard input ends. We hold the other end of that pipe: when we close it, or when the kernel
 # does because we were killed, PostgreSQL is stopped and its folder removed. One way out for both.
@@ -984,6 +1376,7 @@ def _ephemeral(
 ) -> Iterator[dict[str, str]]:
     """Run a throw-away PostgreSQL with these databases; yield the environment that leads to it."""
     import subprocess
+    from urllib.parse import quote
 
     watchdog = subprocess.Popen(
         [sys.executable, "-I", "-S", os.path.abspath(__file__), WATCHDOG, _find_programs()],
@@ -1002,10 +1395,11 @@ def _ephemeral(
         programs, folder = text.split("\t")
         env = {name: value for name, value in os.environ.items() if name not in MISLEADING}
         env.update(PGHOST=folder, PGPORT=PORT, PGUSER=SUPERUSER)
-        env["DATABASE_URL"] = _url(folder, "postgres")
+        env["DATABASE_URL"] = (
+            f"postgresql://{SUPERUSER}@/{SUPERUSER}?host={quote(folder, safe='')}&port={PORT}"
+        )
         if init is not None:
-            template = {"PGDATABASE": "template1", "DATABASE_URL": _url(folder, "template1")}
-            _run_step(signals, "--init failed", init, {**env, **template}, shell=True)
+            _run_step(signals, "--init failed", init, _leading_to("template1", env), shell=True)
         _create_databases(names, programs, env, signals)
         yield env
     finally:
@@ -1014,12 +1408,6 @@ def _ephemeral(
         watchdog.stdout.close()
         if folder:
             _sweep(folder)  # where the watchdog was killed
-
-
-def _url(folder: str, database: str) -> str:
-    from urllib.parse import quote
-
-    return f"postgresql://{SUPERUSER}@/{database}?host={quote(folder, safe='')}&port={PORT}"
 
 
 def _create_databases(
@@ -1051,11 +1439,15 @@ def _run_step(
         signals.check()
         if status:
             output.seek(0)
-            shown = output.read().decode(errors="replace").rstrip()
-            if shown and sys.stderr is not None:
-                print(shown, file=sys.stderr)
             what = command if isinstance(command, str) else command[0]
-            raise PostgresError(f"{failure}: {what}: exit status {status}; its output is above")
+            _say(f"what {what} said:\n{_tail(output)}")
+            raise PostgresError(f"{failure}: {what}: exit status {status}; see what it said above")
+
+
+def _tail(output: Any, limit: int = 8192) -> str:
+    """Return the end of what was written to a file."""
+    output.seek(max(0, output.seek(0, os.SEEK_END) - limit))
+    return str(output.read().decode(errors="replace").strip())
 
 
 def _find_programs() -> str:
@@ -1290,28 +1682,39 @@ def serving(
     prefix: str | None = None,
     count: int | str | None = None,
     *,
+    prepare: str | None = None,
     socket_path: str | None = None,
     command: str = "serving",
+    env: Mapping[str, str] | None = None,
+    claim: bool = True,
     verbose: bool = False,
 ) -> Iterator[Server]:
     """Serve a pool in this process; yield the server, whose ``path`` is the socket's.
 
-    Arguments that are None come from the environment, as for the commands. The pool is served by
-    daemon threads until the block ends; then the socket is removed and every client
-    disconnected. Raises UsageError or SocketError.
+    Arguments that are None come from the environment, as for the commands; ``env`` is what
+    ``prepare`` runs with. The pool is served by daemon threads until the block ends; then the
+    socket is removed and every client disconnected. Raises UsageError, SocketError or ClaimError.
     """
     names = _names(prefix, None if count is None else str(count))
-    server = Server(_socket_path(socket_path), Pool(names), command, verbose)
-    try:
+    prepare = _prepare_command(prepare)
+    preparer = None
+    if prepare is not None:
+        preparer = _Preparer(prepare, env=os.environ if env is None else env)
+        _leading_to(names[0], env)  # raises now, not in every preparation
+    with contextlib.ExitStack() as stack:
+        if claim:
+            stack.enter_context(_claimed(names[0][:-1], command))
+        pool = Pool(names, prepare=None if preparer is None else preparer.put)
+        server = stack.enter_context(Server(_socket_path(socket_path), pool, command, verbose))
+        if preparer is not None:
+            stack.callback(preparer.stop)
+            preparer.start(server)
         thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
         thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-    finally:
-        server.server_close()
+        stack.callback(thread.join)
+        stack.callback(server.shutdown)
+        pool.start()
+        yield server
 
 
 class Arguments:
@@ -1327,7 +1730,12 @@ class Arguments:
 def _serve(args: Arguments) -> int:
     signals = _Signals()
     with serving(
-        args.prefix, args.count, socket_path=args.socket, command="serve", verbose=args.verbose
+        args.prefix,
+        args.count,
+        prepare=args.prepare,
+        socket_path=args.socket,
+        command="serve",
+        verbose=args.verbose,
     ) as server:
         names = server.pool.names
         span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
@@ -1339,16 +1747,18 @@ def _serve(args: Arguments) -> int:
 
 
 def _summary(pool: Pool) -> str:
-    """Say what a pool was used for."""
-    _, _, totals = pool.snapshot()
-    text = (
-        f"leases {pool.leases}, peak {pool.peak} of {len(pool.names)} in use, {pool.waited} waited"
-    )
+    """Say what a pool was used for, and what size it should have had."""
+    size = len(pool.names)
+    text = f"leases {pool.leases}, peak {pool.peak} of {size} in use, {pool.waited} waited"
     if pool.waited:
         text += (
-            f", {totals['wait_seconds_total']:.3g} s in all, "
-            f"{totals['wait_seconds_max']:.3g} s the longest"
+            f", {_duration(pool.wait_seconds_total)} in all, "
+            f"{_duration(pool.wait_seconds_max)} the longest"
         )
+    if pool.peak == size < pool.demand:
+        return f"{text}; the pool was exhausted: {pool.demand - size} more would have helped"
+    if 0 < pool.peak <= size // 4:
+        return f"{text}; half as many would have been plenty"
     return text
 
 
@@ -1358,11 +1768,15 @@ def _wrap(args: Arguments) -> int:
         raise UsageError("--init without --ephemeral: nothing to initialise; give both, or neither")
     if args.count is not None or args.prefix is not None:
         _names(args.prefix, args.count)
+    _prepare_command(args.prepare)
     signals = _Signals()
     with contextlib.ExitStack() as stack:
         env: Mapping[str, str] = os.environ
         server = None
-        if not _joins(path, args.ephemeral):
+        if _joins(path, args.ephemeral):
+            if args.prepare is not None:
+                _say(f"--prepare is left to the 'pgmanager serve' at {path}, whose pool is used")
+        else:
             names = _names(args.prefix, args.count)
             if args.ephemeral:
                 env = stack.enter_context(_ephemeral(names, args.init, signals))
@@ -1370,8 +1784,11 @@ def _wrap(args: Arguments) -> int:
                 serving(
                     args.prefix,
                     args.count,
+                    prepare=args.prepare,
                     socket_path=path,
                     command="wrap",
+                    env=env,
+                    claim=not args.ephemeral,  # nobody else can mean that PostgreSQL
                     verbose=args.verbose,
                 )
             )
@@ -1380,8 +1797,8 @@ def _wrap(args: Arguments) -> int:
         if server is not None:
             if held := server.held():
                 _say(
-                    f"still leased when the command had ended: {', '.join(held)}; some of its "
-                    "processes live on"
+                    f"still leased when the command had ended: {', '.join(held)}; "
+                    "some of its processes live on"
                 )
             if args.verbose:
                 _say(_summary(server.pool))
@@ -1405,38 +1822,94 @@ def _joins(path: str, ephemeral: bool) -> bool:
 
 
 def _wrap_each(args: Arguments) -> int:
+    names = _names(args.prefix, args.count)
+    jobs = _jobs(args.jobs)
+    envs = [
+        {**_leading_to(name), "PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
+        for shard, name in enumerate(names)
+    ]
     signals = _Signals()
-    for shard, name in enumerate(_names(args.prefix, args.count)):
-        words = [*args.words, name] if args.xargs else args.words
-        env = {
-            **os.environ,
-            "PGDATABASE": name,
-            "PGM_DATABASE_SHARD": str(shard),
-            "PGM_SHARD": str(shard),
-        }
-        status = signals.run(words, env)
-        if status and not args.ignore_exit_code:
-            _say(f"failed: {name}: {shlex.join(words)}: exit status {status}")
-            return status
+    todo = collections.deque(range(len(names)))
+    running: dict[subprocess.Popen[bytes], int] = {}
+    failed: dict[int, int] = {}
+    unstartable: CommandError | None = None
+    while todo or running:
+        if todo and len(running) < jobs:
+            shard = todo.popleft()
+            words = [*args.words, names[shard]] if args.xargs else args.words
+            try:
+                running[signals.start(words, envs[shard])] = shard
+            except (CommandError, _Interrupted) as error:
+                todo.clear()
+                unstartable = error if isinstance(error, CommandError) else unstartable
+            continue
+        process = signals.wait(running)
+        shard, status = running.pop(process), _status(process)
         if args.verbose:
-            _say(f"{name}: exit status {status}")
-        signals.check()
+            _say(f"{names[shard]}: exit status {status}")
+        if status:
+            failed[shard] = status
+            if not args.ignore_exit_code:
+                todo.clear()
+    for shard, status in sorted(failed.items()):
+        _say(f"failed: {names[shard]}: exit status {status}")
+    if unstartable is not None:
+        raise unstartable
+    if failed and not args.ignore_exit_code:
+        return failed[min(failed)]
+    signals.check()
     return 0
 
 
 def _exec(args: Arguments) -> int:
+    _leading_to("")  # raises before there is a lease
     lease = acquire(args.timeout, socket_path=args.socket)
     if args.verbose:
         _say(f"{lease} is leased")
-    # High, where no shell script's `exec 3<file` will close it; inheritable, as it must be.
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(lease, fcntl.F_DUPFD, 64)
+    _raised(lease.fileno())
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, and that is inherited
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(args.words[0], args.words, {**os.environ, "PGDATABASE": lease})
+        os.execvpe(args.words[0], args.words, _leading_to(lease))
     except OSError as error:
         raise CommandError(args.words[0], error) from error
+
+
+def _show_status(args: Arguments) -> int:
+    path = _socket_path(args.socket)
+    status = _observe(path)
+    if status is None:
+        raise ServerError(f"no status to be had: {path} is not served by pgmanager; set PGM_SOCKET")
+    if args.json:
+        import json
+
+        print(json.dumps(status, indent=2))
+    else:
+        print("\n".join(_status_lines(status, shutil.get_terminal_size().columns)))
+    return 0
+
+
+def _status_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+    """Yield a status as text: databases, waiters in order, totals."""
+    rows = [("DATABASE", "STATE", "FOR", "PROCESS")]
+    for row in status["databases"]:
+        rows.append((row["name"], row["state"], _duration(row["seconds"]), _process(row)))
+    for place, row in enumerate(status["waiting"], 1):
+        rows.append((f"waiter {place}", "waiting", _duration(row["seconds"]), _process(row)))
+    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
+    for name, state, seconds, process in rows:
+        line = f"{name:{first}}  {state:{second}}  {seconds:>{third}}  {process}"
+        yield line[:width].rstrip()
+    yield (
+        f"{status['command']}, process {status['pid']}, at {status['socket']}: "
+        f"leases {status['leases']}, peak {status['peak']}, {status['waited']} waited, "
+        f"{_duration(status['wait_seconds_total'])} in all, "
+        f"{_duration(status['wait_seconds_max'])} the longest"
+    )
+
+
+def _process(row: Mapping[str, Any]) -> str:
+    return " ".join(str(part) for part in (row["pid"], row["process"]) if part is not None)
 
 
 # ------------------------------------------------------------------------------------ Parser
@@ -1451,6 +1924,9 @@ _POOL: Options = {
     ("--prefix",): ("PREFIX", "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"),
     ("--count",): ("N", f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"),
 }
+_PREPARE: Options = {
+    ("--prepare",): ("CMD", "makes $PGDATABASE ready for each lease, in a shell [PGM_PREPARE]"),
+}
 _EPHEMERAL: Options = {
     ("--ephemeral",): (None, "start a throw-away PostgreSQL with the pool's databases"),
     ("--init",): ("CMD", "with --ephemeral: run with PGDATABASE=template1, the others' template"),
@@ -1458,17 +1934,27 @@ _EPHEMERAL: Options = {
 _EACH: Options = {
     ("-i", "--ignore-exit-code"): (None, "go on after a failure, and exit 0"),
     ("-x", "--xargs", "--xarg"): (None, "append the database's name to COMMAND's arguments"),
+    ("-j", "--jobs"): ("N", "run N at a time [1]"),
 }
 _WAIT: Options = {
     ("--timeout",): ("SECONDS", "how long to wait for a database [PGM_TIMEOUT; for ever]"),
 }
+_FORM: Options = {
+    ("--json",): (None, "print the JSON document"),
+}
 
 # subcommand: (function, summary, options, whether it takes a COMMAND)
 _SUBCOMMANDS: dict[str, tuple[Callable[[Arguments], int], str, Options, bool]] = {
-    "serve": (_serve, "serve a pool until interrupted", _POOL, False),
-    "wrap": (_wrap, "serve a pool while COMMAND runs", {**_POOL, **_EPHEMERAL}, True),
+    "serve": (_serve, "serve a pool until interrupted", {**_POOL, **_PREPARE}, False),
+    "wrap": (
+        _wrap,
+        "serve a pool while COMMAND runs",
+        {**_POOL, **_PREPARE, **_EPHEMERAL},
+        True,
+    ),
     "wrap-each": (_wrap_each, "run COMMAND once for each database", {**_POOL, **_EACH}, True),
     "exec": (_exec, "acquire a database and become COMMAND", _WAIT, True),
+    "status": (_show_status, "show who holds what, and who waits", _FORM, False),
 }
 
 
@@ -1565,6 +2051,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     except _Interrupted as interrupted:
         return 128 + interrupted.number
+    except (OSError, RuntimeError, MemoryError) as error:  # no descriptor, no thread, no memory
+        _say(f"cannot go on: {error}; try again with less load")
+        return Error.status
 
 
 if __name__ == "__main__":
