@@ -468,7 +468,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     request_queue_size = socket.SOMAXCONN  # 5 otherwise, and the sixth test process would hang
 
     def __init__(self, path: str, pool: Pool, command: str, verbose: bool = False) -> None:
-        self.path = os.path.abspath(path)
+        self.path = _socket_path(os.path.abspath(path))
         self.pool = pool
         self.command = command
         self.verbose = verbose
@@ -481,9 +481,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._stopping = False
-        self._starved = False
+        self._starved = False  # of descriptors
+        self._warned: set[str] = set()
         self._identity: tuple[int, int] | None = None
-        super().__init__(_socket_path(self.path), socketserver.BaseRequestHandler, False)
+        super().__init__(self.path, socketserver.BaseRequestHandler, False)
         try:
             self._identity = self._take_path()
         except BaseException:
@@ -555,11 +556,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if error.errno == errno.EMFILE and _raise_descriptor_limit():
                 return
             # The client is still in the backlog and the listener still readable: it would spin.
-            if not self._starved:
-                _say(
-                    f"cannot accept clients for now: {error.strerror}; they wait, first come, "
-                    "first served; to serve more at once, raise the limit (ulimit -n)"
-                )
+            self._warn_once(
+                f"cannot accept clients for now: {error.strerror}; they wait, first come, first "
+                "served; to serve more at once, raise the limit (ulimit -n)"
+            )
             self._starved = True
             self._poller.unregister(self)
             return
@@ -584,8 +584,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if observer:
                 request.close()
                 return
-            if not self._watched:
-                _say(f"no thread for a client: {error}; serving it without one")
+            self._warn_once(f"no thread for a client: {error}; serving without, no name is lost")
             self._watched[request.fileno()] = request
             self._poller.register(request, select.POLLIN)
 
@@ -600,6 +599,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._poller.unregister(request)
         del self._watched[descriptor]
         self.shutdown_request(request)
+
+    def _warn_once(self, text: str) -> None:
+        """Say what is scarce, but not again with every client."""
+        if text not in self._warned:
+            self._warned.add(text)
+            _say(text)
 
     def shutdown(self) -> None:
         """Grant no more, and make ``serve_forever`` return. May be called from any thread."""
@@ -649,9 +654,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # Any thread.
 
     def _grant(self, request: Any, name: str) -> None:
+        self._send(request, f"OK:{name}")
         if self.verbose:
             _say(f"{name} is leased to process {_peer_pid(request)}")
-        self._send(request, f"OK:{name}")
 
     def _send(self, request: Any, answer: str, last: bool = False) -> None:
         """Answer a client. If it is gone the connection's end, seen by its thread, says so too."""
@@ -1877,6 +1882,7 @@ def _exec(args: Arguments) -> int:
 
 def _show_status(args: Arguments) -> int:
     path = _socket_path(args.socket)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `status | head`: end quietly
     status = _observe(path)
     if status is None:
         raise ServerError(f"no status to be had: {path} is not served by pgmanager; set PGM_SOCKET")
