@@ -42,8 +42,6 @@ import collections
 import errno
 import fcntl
 import resource
-import shlex
-import shutil
 import socketserver
 import stat
 import struct
@@ -905,6 +903,8 @@ def _peer_pid(connection: socket.socket) -> int | None:
 def _command_line(pid: int) -> str | None:
     """Return what a process runs, for people to read; None if it is gone or not ours to see."""
     if sys.platform == "linux":
+        import shlex
+
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 words = os.fsdecode(file.read()).rstrip("\0").split("\0")
@@ -1471,6 +1471,7 @@ def _program_folders() -> Iterator[str]:
     """Yield where PostgreSQL's programs may be, the likeliest to be meant first."""
     import glob
     import importlib.util
+    import shutil
     import subprocess
 
     for folder in os.get_exec_path():
@@ -1504,6 +1505,7 @@ def _version(folder: str) -> list[int]:
 
 def _watch_postgres(programs: str) -> int:
     """Own a PostgreSQL until standard input ends; say on stdout where it is, or what failed."""
+    import shutil
     import subprocess
     import tempfile
 
@@ -1627,6 +1629,8 @@ def _unprivileged_user() -> dict[str, Any]:
 
 def _within_reach(programs: str, folder: str, user: Mapping[str, Any]) -> str:
     """Return the programs' folder, or that of a copy where the user has no access to it."""
+    import shutil
+
     if _open_to_all(os.path.join(programs, "postgres")):
         return programs
     copy = os.path.join(folder, "programs")
@@ -1664,6 +1668,8 @@ def _sweep(folder: str) -> None:
     The watchdog holds a lock on the folder; the server and its backends one on the cluster.
     Blocks, where a server is left, until the last of its processes is gone.
     """
+    import shutil
+
     try:
         os.close(_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except OSError:  # alive, already gone, or another user's
@@ -1891,6 +1897,8 @@ def _show_status(args: Arguments) -> int:
 
         print(json.dumps(status, indent=2))
     else:
+        import shutil
+
         print("\n".join(_status_lines(status, shutil.get_terminal_size().columns)))
     return 0
 
