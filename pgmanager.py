@@ -34,9 +34,11 @@ import socket
 import sys
 
 if not hasattr(socket, "AF_UNIX"):
-    raise (SystemExit if __name__ == "__main__" else ImportError)(
-        f"pgmanager: no UNIX sockets in this Python: {sys.platform}; use Linux, macOS or WSL"
-    )
+    _sorry = f"pgmanager: no UNIX sockets in this Python: {sys.platform}; use Linux, macOS or WSL"
+    if __name__ != "__main__":
+        raise ImportError(_sorry)
+    print(_sorry, file=sys.stderr)
+    sys.exit(125)
 
 import collections
 import errno
@@ -116,7 +118,7 @@ class CommandError(Error):
     """A command could not be run at all; the exit statuses are the shell's own."""
 
     def __init__(self, program: str, error: OSError) -> None:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or not program:
             self.status, advice = 127, "check its spelling, and PATH"
         elif error.errno in _SCARCE:
             self.status, advice = 125, "the system is short of it; try again with less load"
@@ -797,12 +799,18 @@ def _remove_stale_socket(path: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def _bound(connection: socket.socket) -> Iterator[None]:
-    """Bind our end of a connection to a path: that makes it an observer's."""
+def _temporary_folder(room: int) -> str:
+    """Return a folder for temporary files that leaves this many bytes of a socket's path."""
     import tempfile
 
-    path = os.path.join(tempfile.gettempdir(), f"pgmanager-{os.urandom(8).hex()}")
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) + room <= MAX_PATH_BYTES else "/tmp"
+
+
+@contextlib.contextmanager
+def _bound(connection: socket.socket) -> Iterator[None]:
+    """Bind our end of a connection to a path while it connects: that makes it an observer's."""
+    path = os.path.join(_temporary_folder(64), f"pgmanager-{os.urandom(8).hex()}")
     connection.bind(path)
     try:
         yield
@@ -824,8 +832,12 @@ def _claimed(prefix: str, command: str) -> Iterator[None]:
         host = "localhost"  # all lead to the server that is local by default
     port = os.environ.get("PGPORT") or "5432"
     subject = quote(f"{host}:{port}:{prefix}", safe="")[-200:]
-    path = f"/tmp/pgmanager-{os.geteuid()}-{subject}.claim"
+    ours = f"pgmanager-{os.geteuid()}-"
+    path = f"/tmp/{ours}{subject}.claim"
     descriptor = _lock_claim(path, prefix, f"{host}:{port}")
+    for file in os.listdir("/tmp"):  # what killed servers left
+        if file.startswith(ours) and file.endswith(".claim"):
+            _remove_if_unlocked(os.path.join("/tmp", file))
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} {command}".encode())
@@ -866,6 +878,16 @@ def _lock_claim(path: str, prefix: str, host: str) -> int:
         except FileNotFoundError:
             pass
         os.close(descriptor)  # removed by its last holder between our open and our lock
+
+
+def _remove_if_unlocked(path: str) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(descriptor)
 
 
 def _afterlife(pid: str, path: str) -> str:
@@ -926,10 +948,11 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     import json
 
     answer = b""
-    with socket.socket(socket.AF_UNIX) as connection, _bound(connection):
+    with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
         try:
-            connection.connect(path)
+            with _bound(connection):
+                connection.connect(path)
             # Another server may have taken us for a client: not a moment longer than needed.
             while (chunk := connection.recv(65536)) and (answer + chunk).startswith(b"{"):
                 answer += chunk
@@ -1234,9 +1257,19 @@ class _Signals:
 
         self.check()
         try:
-            return subprocess.Popen(command, env=env, close_fds=False, **options)
+            process = subprocess.Popen(command, env=env, close_fds=False, **options)
         except OSError as error:
+            if error.errno == errno.ENOEXEC:
+                return self.start(_for_shell(command), env, **options)
             raise CommandError(command[0], error) from error
+        # What came before the child was there, or while it still had our handlers (where Python
+        # forks: 3.9), is lost on it. Sent again it may come twice, which is better than never.
+        missed = set()
+        while _readable(self._reader):
+            missed.add(self.next())
+        for number in missed & (self.ENDING | self.PASSED_ON):
+            process.send_signal(number)
+        return process
 
     def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         """Return the first process that ends; signals that come meanwhile are passed on to all."""
@@ -1253,6 +1286,13 @@ class _Signals:
 def _status(process: subprocess.Popen[bytes]) -> int:
     """Return a process's exit status as a shell gives it: 128+n if signal n ended it."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _for_shell(words: Sequence[str]) -> list[str]:
+    """Return what runs a script without a first line that says by what, as execvp(3) does."""
+    import shutil
+
+    return ["/bin/sh", shutil.which(words[0]) or words[0], *words[1:]]
 
 
 def _noted(number: int, frame: object) -> None:
@@ -1371,7 +1411,13 @@ PROGRAMS = ("initdb", "postgres", "psql")
 PORT = "5432"  # only a part of the socket's name: nothing listens on TCP
 SUPERUSER = "postgres"
 # What would lead COMMAND to another server, or to a database that this one does not have.
-MISLEADING = frozenset({"PGHOSTADDR", "PGSERVICE", "PGDATABASE", "PGPASSWORD", "PGOPTIONS"})
+MISLEADING = frozenset(
+    (
+        *("PGHOSTADDR", "PGSERVICE", "PGDATABASE", "PGPASSWORD", "PGPASSFILE", "PGOPTIONS"),
+        *("PGREQUIREPEER", "PGREQUIREAUTH", "PGCHANNELBINDING", "PGTARGETSESSIONATTRS"),
+        *("PGGSSENCMODE", "PGSSLMODE", "PGREQUIRESSL"),
+    )
+)
 FOLDER_PREFIX = "pgmanager-postgres-"
 
 
@@ -1423,7 +1469,8 @@ def _create_databases(
         identifier = name.replace('"', '""')
         statements += ["-c", f'CREATE DATABASE "{identifier}"']
     command = [os.path.join(programs, "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", *statements]
-    _run_step(signals, "cannot create databases", command, {**env, "PGDATABASE": "postgres"})
+    ours = {"PGDATABASE": SUPERUSER, "PGCLIENTENCODING": "UTF8"}
+    _run_step(signals, "cannot create databases", command, {**env, **ours})
 
 
 def _run_step(
@@ -1459,7 +1506,7 @@ def _find_programs() -> str:
     """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
     for folder in _program_folders():
         if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
-            return folder
+            return os.path.abspath(folder)
     raise PostgresError(
         "no PostgreSQL programs: initdb, postgres and psql are not in one folder of PATH, of "
         "pg_config --bindir, or of the usual ones; install PostgreSQL's server package, or "
@@ -1480,9 +1527,8 @@ def _program_folders() -> Iterator[str]:
             yield folder
             yield os.path.dirname(os.path.realpath(program))  # initdb alone may be linked there
     if shutil.which("pg_config"):
-        found = subprocess.run(["pg_config", "--bindir"], stdout=subprocess.PIPE, text=True)
-        if found.returncode == 0:
-            yield found.stdout.strip()
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            yield subprocess.check_output(["pg_config", "--bindir"], text=True).strip()
     for pattern in (
         "/usr/lib/postgresql/*/bin",  # Debian keeps them off PATH
         "/usr/pgsql-*/bin",  # RHEL, from PostgreSQL's own repository
@@ -1507,28 +1553,28 @@ def _watch_postgres(programs: str) -> int:
     """Own a PostgreSQL until standard input ends; say on stdout where it is, or what failed."""
     import shutil
     import subprocess
-    import tempfile
 
     for number in _Signals.ENDING:
         signal.signal(number, _noted)  # it must outlive whoever asks pgmanager to end
-    base = _temporary_folder()
+    base = _temporary_folder(64)
+    user = _unprivileged_user()
+    if user and not _open_to_all(base):
+        base = "/tmp"
     for leftover in os.listdir(base):
         if leftover.startswith(FOLDER_PREFIX):
             _sweep(os.path.join(base, leftover))
-    user = _unprivileged_user()
-    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base)
-    alive = _lock(folder)
+    folder, alive = _own_folder(base)
     postgres = None
     try:
         if user:
             os.chown(folder, user["user"], user["group"])
             programs = _within_reach(programs, folder, user)
         postgres = _start_postgres(programs, folder, user)
-        print(f"ready {programs}\t{folder}", flush=True)
+        _tell(f"ready {programs}\t{folder}")
         sys.stdin.buffer.read()
         return 0
     except (OSError, PostgresError, subprocess.SubprocessError) as error:
-        print(f"failed {error}".replace("\n", " "), flush=True)
+        _tell(f"failed {error}")
         return 1
     finally:
         if postgres is not None:
@@ -1537,6 +1583,26 @@ def _watch_postgres(programs: str) -> int:
             postgres.wait()
         shutil.rmtree(folder, ignore_errors=True)
         os.close(alive)
+
+
+def _tell(text: str) -> None:
+    """Write a line to wrap. If that was killed, the end of standard input will tell us so."""
+    line = text.replace("\n", " ") + "\n"
+    with contextlib.suppress(OSError):
+        os.write(1, os.fsencode(line))
+
+
+def _own_folder(base: str) -> tuple[str, int]:
+    """Make a folder and lock it; return both."""
+    import tempfile
+
+    while True:
+        folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base)
+        with contextlib.suppress(FileNotFoundError):
+            alive = _lock(folder)
+            if os.path.exists(folder):
+                return folder, alive
+            os.close(alive)  # another's _sweep found it before it was locked
 
 
 def _start_postgres(programs: str, folder: str, user: Mapping[str, Any]) -> subprocess.Popen[bytes]:
@@ -1602,18 +1668,6 @@ def _start_postgres(programs: str, folder: str, user: Mapping[str, Any]) -> subp
     raise PostgresError("; ".join(log[-3:]))
 
 
-def _temporary_folder() -> str:
-    """Return where PostgreSQL's folder goes: the socket in it must have a short enough path, and
-    as root, another user must get there."""
-    import tempfile
-
-    base = tempfile.gettempdir()
-    longest = os.path.join(base, FOLDER_PREFIX + "x" * 8, f".s.PGSQL.{PORT}")
-    if len(os.fsencode(longest)) > MAX_PATH_BYTES or not _open_to_all(base):
-        return "/tmp"
-    return base
-
-
 def _unprivileged_user() -> dict[str, Any]:
     """Return Popen's arguments for whom PostgreSQL runs as: it refuses to be root."""
     import pwd
@@ -1633,9 +1687,17 @@ def _within_reach(programs: str, folder: str, user: Mapping[str, Any]) -> str:
 
     if _open_to_all(os.path.join(programs, "postgres")):
         return programs
-    copy = os.path.join(folder, "programs")
-    shutil.copytree(os.path.dirname(programs), copy, symlinks=True)
-    for parent, folders, files in os.walk(copy):
+    root = os.path.dirname(programs)
+    package = os.path.dirname(root)
+    target = os.path.join(folder, "programs", os.path.basename(package))
+    libraries = f"{package}.libs"  # where a wheel keeps them: ../../../package.libs from bin
+    if os.path.isdir(libraries):
+        shutil.copytree(libraries, f"{target}.libs")
+    copy = os.path.join(target, os.path.basename(root))
+    for part in ("bin", "lib", "share"):
+        if os.path.isdir(os.path.join(root, part)):
+            shutil.copytree(os.path.join(root, part), os.path.join(copy, part), symlinks=True)
+    for parent, folders, files in os.walk(os.path.join(folder, "programs")):
         for name in (".", *folders, *files):
             os.chown(os.path.join(parent, name), user["user"], user["group"], follow_symlinks=False)
     return os.path.join(copy, os.path.basename(programs))
@@ -1671,8 +1733,12 @@ def _sweep(folder: str) -> None:
     import shutil
 
     try:
-        os.close(_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
-    except OSError:  # alive, already gone, or another user's
+        owner = os.stat(folder).st_uid
+        if owner not in (os.geteuid(), _unprivileged_user().get("user")):
+            return
+        # Held until the folder is gone, so that whoever has just made it can see so: _own_folder.
+        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # alive, or already gone
         return
     cluster = os.path.join(folder, "data")
     with contextlib.suppress(OSError, ValueError):
@@ -1680,9 +1746,18 @@ def _sweep(folder: str) -> None:
             os.close(_lock(cluster, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             with open(os.path.join(cluster, "postmaster.pid")) as file:
-                os.kill(int(file.readline()), signal.SIGQUIT)
+                _quit(int(file.readline()), owner)
             os.close(_lock(cluster))
     shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _quit(pid: int, owner: int) -> None:
+    """Have a server shut down at once: as its owner, for the file that names it is the owner's."""
+    import subprocess
+
+    demoted: dict[str, Any] = {} if os.geteuid() == owner else {"user": owner}
+    subprocess.run(["/bin/sh", "-c", f"kill -QUIT {pid}"], stderr=subprocess.DEVNULL, **demoted)
 
 
 # ---------------------------------------------------------------------------------- Commands
@@ -1777,8 +1852,7 @@ def _wrap(args: Arguments) -> int:
     path = _socket_path(os.path.abspath(_socket_path(args.socket)))
     if args.init is not None and not args.ephemeral:
         raise UsageError("--init without --ephemeral: nothing to initialise; give both, or neither")
-    if args.count is not None or args.prefix is not None:
-        _names(args.prefix, args.count)
+    _names(args.prefix or "any", args.count)  # a pool of our own may not be needed, nor a prefix
     _prepare_command(args.prepare)
     signals = _Signals()
     with contextlib.ExitStack() as stack:
@@ -1883,6 +1957,9 @@ def _exec(args: Arguments) -> int:
     try:
         os.execvpe(args.words[0], args.words, _leading_to(lease))
     except OSError as error:
+        if error.errno == errno.ENOEXEC:
+            words = _for_shell(args.words)
+            os.execve(words[0], words, _leading_to(lease))
         raise CommandError(args.words[0], error) from error
 
 
