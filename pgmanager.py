@@ -183,26 +183,32 @@ def _socket_path(given: str | None = None) -> str:
 
 def _names(prefix: str | None = None, count: str | None = None) -> list[str]:
     """Return the names of the pool's databases, or raise UsageError."""
-    number, source = _setting(count, "--count", "PGM_DATABASE_COUNT")
-    number = DEFAULT_COUNT if number is None else number
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
-        raise UsageError(f"bad count: {number!r} from {source}; give a whole number, 1 or more")
+    text, source = _setting(count, "--count", "PGM_DATABASE_COUNT")
+    number = _whole_number(DEFAULT_COUNT if text is None else text, "count", source)
     prefix, source = _setting(prefix, "--prefix", "PGM_DATABASE_PREFIX")
     if not prefix:
         raise UsageError(
             "no prefix: the pool's names are prefix + 0, 1, 2 ...; "
             "give --prefix app_test_ or set PGM_DATABASE_PREFIX"
         )
-    if "\0" in prefix:
-        raise UsageError(f"bad prefix: {prefix!r} from {source}; leave out the NUL")
-    longest = f"{prefix}{int(number) - 1}"
+    if min(prefix) < " ":
+        raise UsageError(f"bad prefix: {prefix!r} from {source}; leave out control characters")
+    longest = f"{prefix}{number - 1}"
     size = len(os.fsencode(longest))
     if size > MAX_NAME_BYTES:
         raise UsageError(
             f"database name too long: {longest}: {size} bytes, PostgreSQL cuts names at "
             f"{MAX_NAME_BYTES}; choose a prefix shorter by {size - MAX_NAME_BYTES}"
         )
-    return [f"{prefix}{shard}" for shard in range(int(number))]
+    return [f"{prefix}{shard}" for shard in range(number)]
+
+
+def _whole_number(text: str, what: str, source: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) > 0):
+        raise UsageError(
+            f"bad {what}: {text[:40]!r} from {source}; give a whole number from 1 to 9999999"
+        )
+    return int(text)
 
 
 def _timeout(given: float | str | None = None) -> float | None:
@@ -229,16 +235,6 @@ def _prepare_command(given: str | None = None) -> str | None:
             f"bad prepare command: {command!r} from {source}; give a shell command, or leave it out"
         )
     return command
-
-
-def _jobs(given: str | None) -> int:
-    """Return how many commands to run at a time."""
-    text = "1" if given is None else given
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise UsageError(
-            f"bad number of jobs: {text!r} from --jobs; give a whole number, 1 or more"
-        )
-    return int(text)
 
 
 def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -366,8 +362,9 @@ class Pool:
         """Forget a client that is gone, holder or waiter; return the grant this makes possible."""
         with self._lock:
             now = self._clock()
-            if client in self._waiters:
-                self._count_wait(now - self._waiters.pop(client))
+            since = self._waiters.pop(client, None)
+            if since is not None:
+                self._count_wait(now - since)
                 return None
             name = self._holders.pop(client, None)
             if name is None:
@@ -400,6 +397,9 @@ class Pool:
     def close(self) -> list[Client]:
         """Grant nothing from now on; return all holders and waiters, to be disconnected."""
         with self._lock:
+            now = self._clock()
+            for since in () if self._closed else self._waiters.values():
+                self._count_wait(now - since)
             self._closed = True
             return [*self._waiters, *self._holders]
 
@@ -445,6 +445,8 @@ class Pool:
         self._since[name] = now
 
     def _count_wait(self, seconds: float) -> None:
+        if self._closed:  # close() has counted it
+            return
         self.wait_seconds_total += seconds
         self.wait_seconds_max = max(self.wait_seconds_max, seconds)
 
@@ -476,6 +478,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         # which blocks. A descriptor closed between the decision to write and the write could be
         # another client's by then, and that client would read a name that is not its own.
         self._wire = threading.Lock()
+        import json  # now: when an observer asks there may be no descriptor left to read it with
+
+        self._to_json = json.dumps
         self._poller = select.poll()
         self._watched: dict[int, socket.socket] = {}  # touched by the accepting thread alone
         self._woken, self._waker = socket.socketpair()
@@ -634,9 +639,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _report(self, request: socket.socket) -> None:
         """Send an observer the status; one that does not read it is left after 10 seconds."""
-        import json
-
-        document = json.dumps(self.status()).encode()
+        document = self._to_json(self.status()).encode()
         request.settimeout(10)
         with contextlib.suppress(OSError):
             request.sendall(document)
@@ -723,15 +726,17 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def server_close(self) -> None:
         """Stop listening and disconnect everyone. Idempotent; ``serve_forever`` has returned."""
-        self._leave_path()
-        super().server_close()
-        with self._wire:
+        with self._wire:  # first, so that there is a descriptor with which to lock the folder
             self._waker.close()
             self._woken.close()
+        self._leave_path()
+        super().server_close()
         # Nobody may be granted a name that its holder, about to be cut off, still uses.
         for request in self.pool.close():
             with contextlib.suppress(OSError), self._wire:
                 request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+        for watched in self._watched.values():
+            watched.close()
 
 
 @contextlib.contextmanager
@@ -978,11 +983,11 @@ class Lease(str):
     a fork both processes keep it, and it ends when both have let go.
     """
 
-    _connection: socket.socket
+    _descriptor: int  # not a socket: in a cycle the collector may warn of that one first
 
     def __new__(cls, name: str, connection: socket.socket) -> Lease:
         lease = super().__new__(cls, name)
-        lease._connection = connection
+        lease._descriptor = connection.detach()
         return lease
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
@@ -990,17 +995,20 @@ class Lease(str):
 
     def fileno(self) -> int:
         """Return the descriptor whose being open is the lease, -1 once released."""
-        return self._connection.fileno()
+        return int(vars(self).get("_descriptor", -1))
 
     def release(self) -> None:
         """Give the name back. Does not block; again, or in a forked child, it closes our copy only.
 
         Warns if the server went away meanwhile: since then others may have been given the name.
         """
-        if self.fileno() < 0:
+        descriptor = vars(self).pop("_descriptor", None)  # in one step: two threads may release
+        if descriptor is None:
             return
-        lost = _at_end(self._connection)
-        self._connection.close()
+        hangup = select.poll()
+        hangup.register(descriptor, 0)
+        lost = hangup.poll(0)
+        os.close(descriptor)
         if lost:
             warnings.warn(
                 f"the pgmanager server went away while {self} was leased: for part of that time "
@@ -1017,16 +1025,6 @@ class Lease(str):
 
     def __del__(self) -> None:
         self.release()
-
-
-def _at_end(connection: socket.socket) -> bool:
-    """Say whether the other end of a connection has closed it."""
-    try:
-        return not connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 def acquire(timeout: float | None = None, *, socket_path: str | None = None) -> Lease:
@@ -1094,8 +1092,19 @@ def _connect(connection: socket.socket, path: str, seconds: float | None) -> Non
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
     try:
         connection.connect(path)
+        # A signal that breaks into the wait makes Python report a connection where there is none.
+        while sys.platform == "linux" and not _is_connected(connection):
+            connection.connect(path)
     except OSError as error:
         raise _cannot_connect(path, error) from error
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    try:
+        connection.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _cannot_connect(path: str, error: OSError) -> Error:
@@ -1908,7 +1917,7 @@ def _joins(path: str, ephemeral: bool) -> bool:
 
 def _wrap_each(args: Arguments) -> int:
     names = _names(args.prefix, args.count)
-    jobs = _jobs(args.jobs)
+    jobs = 1 if args.jobs is None else _whole_number(args.jobs, "number of jobs", "--jobs")
     envs = [
         {**_leading_to(name), "PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
         for shard, name in enumerate(names)
