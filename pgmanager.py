@@ -910,8 +910,8 @@ def _raised(descriptor: int) -> int:
     """Copy a descriptor to a high number, inheritable: no shell's `exec 3<file` will close it."""
     try:
         return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64)
-    except OSError:  # a limit below that
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
+    except OSError:  # the limit is lower; scripts use one digit
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10)
 
 
 def _peer_pid(connection: socket.socket) -> int | None:
@@ -1131,6 +1131,8 @@ def _answer(connection: socket.socket, path: str, started: float, seconds: float
         connection.settimeout(max(started + seconds - time.monotonic(), 0.001))
     try:
         answer = connection.recv(MAX_ANSWER_BYTES)
+        while answer.startswith(b"EMPTY:") and (more := connection.recv(MAX_ANSWER_BYTES)):
+            answer += more
     except (socket.timeout, BlockingIOError):
         # The server accepts in order: once it has answered an observer, it has seen us too, and
         # a name that was there for us has come. So a timeout of 0 is exact, and none is missed.
@@ -1151,7 +1153,7 @@ def _who_holds(path: str, waited: float) -> str:
     text = f"no database came free: {waited:.3g} s waited at {path}"
     advice = "; raise the timeout, or --count on the server"
     try:
-        status = _observe(path)
+        status = _observe(path, seconds=1)
     except OSError:
         status = None
     if status is None:
