@@ -453,7 +453,6 @@ class Pool:
 
 # ------------------------------------------------------------------------------------ Server
 
-_GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 _WASTE = bytearray(4096)  # what clients send lands here, from all threads at once: nobody reads it
 
 
@@ -544,13 +543,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
             events = self._poller.poll(1000 if self._starved else None)
             if self._starved:
                 self._poller.register(self, select.POLLIN)
-            for descriptor, event in events:
+            for descriptor, _event in events:
                 if descriptor == self._woken.fileno():
                     self._woken.recv(4096)
                 elif descriptor == self.fileno():
                     self._accept()
                 else:
-                    self._watch(self._watched[descriptor], event)
+                    self._watch(self._watched[descriptor])
 
     def _accept(self) -> None:
         try:
@@ -593,16 +592,17 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._watched[request.fileno()] = request
             self._poller.register(request, select.POLLIN)
 
-    def _watch(self, request: socket.socket, event: int) -> None:
+    def _watch(self, request: socket.socket) -> None:
         """Do for a connection without a thread what ``finish_request`` does for the others."""
-        descriptor = request.fileno()
-        if not event & _GONE:
-            with contextlib.suppress(OSError):
-                if not request.recv_into(_WASTE, 0, socket.MSG_DONTWAIT):
-                    self._poller.modify(request, 0)
+        try:
+            if request.recv_into(_WASTE, 0, socket.MSG_DONTWAIT):
+                return
+        except BlockingIOError:
             return
+        except OSError:  # a reset
+            pass
         self._poller.unregister(request)
-        del self._watched[descriptor]
+        del self._watched[request.fileno()]
         self.shutdown_request(request)
 
     def _warn_once(self, text: str) -> None:
@@ -628,14 +628,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if client_address:
             self._report(request)
             return
-        with contextlib.suppress(OSError):  # a reset: gone
+        # The end of file is the end, also from a client that shut down its sending side only:
+        # through ssh's forwarding nothing else tells that the client was killed.
+        with contextlib.suppress(OSError):  # a reset
             while request.recv_into(_WASTE):
                 pass
-            # End of file: the client has closed, or shut down its sending side only and may
-            # still use the name. Only the hang-up means both. (macOS has one word for the two.)
-            hangup = select.poll()
-            hangup.register(request, 0)
-            hangup.poll()
 
     def _report(self, request: socket.socket) -> None:
         """Send an observer the status; one that does not read it is left after 10 seconds."""
@@ -978,9 +975,10 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
 class Lease(str):
     """The name of a database that is ours alone, until ``release`` or until it is collected.
 
-    A str in every respect, so it goes wherever a database's name goes. Copies and pickles are
-    plain strings: only this object keeps the connection, and the connection is the lease. After
-    a fork both processes keep it, and it ends when both have let go.
+    A str, so it goes where a database's name goes; for the few that take no subclass, such as
+    asyncpg, say ``str(db)``. Copies and pickles are plain strings too: only this object keeps the
+    connection, and the connection is the lease. After a fork both processes keep it, and it ends
+    when both have let go.
     """
 
     _descriptor: int  # not a socket: in a cycle the collector may warn of that one first
