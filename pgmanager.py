@@ -248,7 +248,7 @@ def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, st
 def _with_database(url: str, name: str) -> str:
     """Return a PostgreSQL URL with only its database replaced; or raise UsageError."""
     import re
-    from urllib.parse import quote
+    from urllib.parse import quote, unquote
 
     host = r"(?:\[[^]/?#@\s]*\]|[^]\[:,/?#@\s]*)(?::\d*)?"  # the port too; libpq allows several
     parts = re.fullmatch(
@@ -265,9 +265,10 @@ def _with_database(url: str, name: str) -> str:
             "correct it, or unset it"
         )
     start, query, fragment = parts.groups(default="")
-    options = [o for o in query[1:].split("&") if not o.startswith("dbname=")]  # would win
-    query = "?" + "&".join(options) if options != [""] else ""
-    return f"{start}/{quote(name, safe='')}{query}{fragment}"
+    # A database among the options would win over the one in the path.
+    options = [o for o in query[1:].split("&") if unquote(o.partition("=")[0]) != "dbname"]
+    query = "?" + "&".join(options) if any(options) else ""
+    return f"{start}/{quote(os.fsencode(name), safe='')}{query}{fragment}"
 
 
 def _say(text: str) -> None:
@@ -801,18 +802,10 @@ def _remove_stale_socket(path: str) -> None:
     )
 
 
-def _temporary_folder(room: int) -> str:
-    """Return a folder for temporary files that leaves this many bytes of a socket's path."""
-    import tempfile
-
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) + room <= MAX_PATH_BYTES else "/tmp"
-
-
 @contextlib.contextmanager
 def _bound(connection: socket.socket) -> Iterator[None]:
     """Bind our end of a connection to a path while it connects: that makes it an observer's."""
-    path = os.path.join(_temporary_folder(64), f"pgmanager-{os.urandom(8).hex()}")
+    path = f"/tmp/pgmanager-{os.urandom(8).hex()}"  # not TMPDIR: that may be too long, or gone
     connection.bind(path)
     try:
         yield
@@ -846,11 +839,10 @@ def _claimed(prefix: str, command: str) -> Iterator[None]:
         os.set_inheritable(descriptor, True)
         yield
     finally:
-        # Removed before it is unlocked; and unlocked by name, not just closed, for what a
-        # command that has ended leaves running must not keep the next server from starting.
+        # Removed, not just closed: what a command that has ended leaves running has it open too,
+        # and must not keep the next server from starting.
         with contextlib.suppress(OSError):
             os.unlink(path)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -934,7 +926,9 @@ def _command_line(pid: int) -> str | None:
                 words = os.fsdecode(file.read()).rstrip("\0").split("\0")
         except OSError:
             return None
-        return shlex.join(words) if words != [""] else None
+        # On one line, and nothing that a terminal would obey.
+        line = "".join(c if c.isprintable() else "?" for c in shlex.join(words))
+        return line if words != [""] else None
     import subprocess
 
     listing = ["ps", "-o", "command=", "-p", str(pid)]
@@ -950,6 +944,7 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     import json
 
     answer = b""
+    deadline = time.monotonic() + seconds
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
         try:
@@ -958,6 +953,7 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
             # Another server may have taken us for a client: not a moment longer than needed.
             while (chunk := connection.recv(65536)) and (answer + chunk).startswith(b"{"):
                 answer += chunk
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise _cannot_connect(path, error) from error
         except OSError:
@@ -1156,8 +1152,13 @@ def _who_holds(path: str, waited: float) -> str:
         status = None
     if status is None:
         return text + advice
-    pids = [waiter["pid"] for waiter in status["waiting"]]
-    ahead = pids.index(os.getpid()) if os.getpid() in pids else len(pids)
+    # Of the waiters of this process, threads or tasks, we are the one that has waited for as long.
+    ours = [
+        (abs(waiter["seconds"] - waited), place)
+        for place, waiter in enumerate(status["waiting"])
+        if waiter["pid"] == os.getpid()
+    ]
+    ahead = min(ours)[1] if ours else len(status["waiting"])
     held = [_held_by(row) for row in status["databases"] if row["state"] != FREE]
     more = f" and {len(held) - 8} more" if len(held) > 8 else ""
     return f"{text}, {ahead} ahead{advice}; {', '.join(held[:8])}{more}"
@@ -1508,7 +1509,7 @@ def _run_step(
 def _tail(output: Any, limit: int = 8192) -> str:
     """Return the end of what was written to a file."""
     output.seek(max(0, output.seek(0, os.SEEK_END) - limit))
-    return str(output.read().decode(errors="replace").strip())
+    return os.fsdecode(output.read()).strip()  # so that it can be sent on, whatever it is
 
 
 def _find_programs() -> str:
@@ -1562,13 +1563,14 @@ def _watch_postgres(programs: str) -> int:
     """Own a PostgreSQL until standard input ends; say on stdout where it is, or what failed."""
     import shutil
     import subprocess
+    import tempfile
 
     for number in _Signals.ENDING:
         signal.signal(number, _noted)  # it must outlive whoever asks pgmanager to end
-    base = _temporary_folder(64)
+    base = tempfile.gettempdir()
     user = _unprivileged_user()
-    if user and not _open_to_all(base):
-        base = "/tmp"
+    if len(os.fsencode(base)) + 64 > MAX_PATH_BYTES or (user and not _open_to_all(base)):
+        base = "/tmp"  # too long for the socket in it, or out of that user's reach
     for leftover in os.listdir(base):
         if leftover.startswith(FOLDER_PREFIX):
             _sweep(os.path.join(base, leftover))
@@ -1850,9 +1852,9 @@ def _summary(pool: Pool) -> str:
             f", {_duration(pool.wait_seconds_total)} in all, "
             f"{_duration(pool.wait_seconds_max)} the longest"
         )
-    if pool.peak == size < pool.demand:
+    if pool.demand > size:
         return f"{text}; the pool was exhausted: {pool.demand - size} more would have helped"
-    if 0 < pool.peak <= size // 4:
+    if 0 < pool.demand <= size // 4:
         return f"{text}; half as many would have been plenty"
     return text
 
@@ -1978,6 +1980,7 @@ def _show_status(args: Arguments) -> int:
     status = _observe(path)
     if status is None:
         raise ServerError(f"no status to be had: {path} is not served by pgmanager; set PGM_SOCKET")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if args.json:
         import json
 
@@ -1985,11 +1988,12 @@ def _show_status(args: Arguments) -> int:
     else:
         import shutil
 
-        print("\n".join(_status_lines(status, shutil.get_terminal_size().columns)))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(_status_lines(status, width)))
     return 0
 
 
-def _status_lines(status: Mapping[str, Any], width: int) -> Iterator[str]:
+def _status_lines(status: Mapping[str, Any], width: int | None) -> Iterator[str]:
     """Yield a status as text: databases, waiters in order, totals."""
     rows = [("DATABASE", "STATE", "FOR", "PROCESS")]
     for row in status["databases"]:
