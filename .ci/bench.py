@@ -15,6 +15,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -113,9 +114,10 @@ def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
 @contextlib.contextmanager
 def serving(command: Sequence[str] | str, path: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server until the block ends; blocks until it grants."""
-    # A shell command becomes its server, so that to terminate one is to terminate the other.
-    words = ["sh", "-c", f"exec {command}"] if isinstance(command, str) else command
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    # A group of its own, so that what a shell command starts ends with it.
+    process = subprocess.Popen(
+        command, shell=isinstance(command, str), stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         while process.poll() is None:
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
@@ -126,7 +128,8 @@ def serving(command: Sequence[str] | str, path: str) -> Iterator[subprocess.Pope
             sys.exit(f"bench: server did not start: {command}")
         yield process
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
@@ -195,7 +198,8 @@ def crowd(path: str, seconds: float = 2.0) -> tuple[float, float]:
         for line in client.communicate()[0].splitlines():
             name, asked, got, left = line.split()
             uses.setdefault(name, []).append((float(got), float(left)))
-            longest = max(longest, float(got) - float(asked))
+            if float(got) < end:  # after that, clients that exit take the processors
+                longest = max(longest, float(got) - float(asked))
     used = 0.0
     for leases in uses.values():
         leases.sort()
@@ -366,10 +370,11 @@ def ephemeral(folder: str) -> None:
     except pgmanager.PostgresError as error:
         row("wrap --ephemeral -- true - initdb", str(error))
         return
-    # Both must be able to make their folders in it, and as root initdb is another user.
-    place = tempfile.mkdtemp(dir=folder)
-    os.chmod(folder, 0o755)
-    os.chmod(place, 0o777)
+    # On the file system that --ephemeral uses: it matters more than anything else here.
+    place = tempfile.mkdtemp(dir=pgmanager._temporary_folder(), prefix="pgm-bench-")
+    if user:
+        os.chown(place, user["user"], user["group"])
+        os.chmod(folder, 0o755)
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "check": True}
 
     def initdb() -> float:
@@ -388,7 +393,10 @@ def ephemeral(folder: str) -> None:
         subprocess.run([*PGMANAGER, *words, "--ephemeral", "--", "true"], **options)
         return time.perf_counter() - begin
 
-    ours, theirs = in_turns(7, wrap, initdb)
+    try:
+        ours, theirs = in_turns(7, wrap, initdb)
+    finally:
+        shutil.rmtree(place)
     medians = milli(statistics.median(ours), statistics.median(theirs))
     more = statistics.median(our - their for our, their in zip(ours, theirs))
     limited("wrap --ephemeral -- true - initdb alone", medians, more, 0.5, " s")
