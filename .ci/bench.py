@@ -371,7 +371,7 @@ def ephemeral(folder: str) -> None:
         row("wrap --ephemeral -- true - initdb", str(error))
         return
     # On the file system that --ephemeral uses: it matters more than anything else here.
-    place = tempfile.mkdtemp(dir=pgmanager._temporary_folder(), prefix="pgm-bench-")
+    place = tempfile.mkdtemp(prefix="pgm-bench-")
     if user:
         os.chown(place, user["user"], user["group"])
         os.chmod(folder, 0o755)
