@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -402,15 +403,65 @@ def ephemeral(folder: str) -> None:
     limited("wrap --ephemeral -- true - initdb alone", medians, more, 0.5, " s")
 
 
-# To come, when there is what they measure:
-# - the median wait for a pristine database with --prepare, under 1 ms: twice as many names as
-#   clients, and tests that hold for longer than a preparation takes;
-# - wrap-each -j 4 : -j 1, creating 16 databases, at most 0.7.
+PRISTINE = 'dropdb --if-exists --force "$PGDATABASE" && createdb "$PGDATABASE"'
+
+
+def with_postgres(folder: str) -> None:
+    """Print the rows that need databases: this program once more, under wrap --ephemeral."""
+    try:
+        programs = pgmanager._find_programs()
+    except pgmanager.PostgresError:
+        return
+    words = ["wrap", "-s", f"{folder}/pg", "--ephemeral", "--prefix", "bench_", "--count", "8"]
+    command = [*PGMANAGER, *words, "--prepare", PRISTINE, "--", sys.executable, __file__, INSIDE]
+    subprocess.run(command, env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
+
+
+INSIDE = "inside"
+
+
+def inside() -> None:
+    """Measure with the pool of --prepare around us: 8 names, of which we want 4 at a time."""
+    path = os.environ["PGM_SOCKET"]
+    prepared = time.perf_counter()
+    while {row["state"] for row in (pgmanager._observe(path) or {})["databases"]} != {"free"}:
+        time.sleep(0.05)  # the first preparations are not what is measured
+    prepared = (time.perf_counter() - prepared) / 8 * (os.cpu_count() or 1)
+    waits: list[float] = []
+
+    def tests() -> None:
+        for _ in range(8):
+            begin = time.perf_counter()
+            with pgmanager.acquire():
+                waits.append(time.perf_counter() - begin)
+                time.sleep(max(1, 4 * prepared))
+
+    clients = [threading.Thread(target=tests) for _ in range(4)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    waited = statistics.median(waits) * 1e3
+    limited("median wait for a pristine database, 8 names", "4 clients", waited, 1, " ms")
+
+    def create(jobs: int) -> float:
+        each = [*PGMANAGER, "wrap-each", "--prefix", "each_", "--count", "16"]
+        begin = time.perf_counter()
+        subprocess.run([*each, "-j", str(jobs), "-x", "createdb"], check=True)
+        spent = time.perf_counter() - begin
+        subprocess.run([*each, "-x", "dropdb"], check=True)
+        return spent
+
+    four, one = in_turns(5, partial(create, 4), partial(create, 1))
+    medians = milli(statistics.median(four), statistics.median(one))
+    limited("16 createdb, wrap-each -j 4 : -j 1", medians, median_ratio(four, one), 0.7)
 
 
 def main() -> None:
     # Started as a user starts it: with pgmanager's byte code cached, and no pool of somebody's.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if sys.argv[1:] == [INSIDE]:
+        return inside()
     for name in list(os.environ):
         if name.startswith(("PGM_", "PGMANAGER_")):
             del os.environ[name]
@@ -430,6 +481,7 @@ def main() -> None:
         whole_process(folder)
         growth(folder)
         ephemeral(folder)
+        with_postgres(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
