@@ -838,49 +838,44 @@ def _claimed(prefix: str, command: str) -> Iterator[None]:
     subject = quote(f"{host}:{port}:{prefix}", safe="")[-200:]
     ours = f"pgmanager-{os.geteuid()}-"
     path = f"/tmp/{ours}{subject}.claim"
-    descriptor = _lock_claim(path, prefix, f"{host}:{port}")
-    for file in os.listdir("/tmp"):  # what killed servers left
-        if file.startswith(ours) and file.endswith(".claim"):
-            _remove_if_unlocked(os.path.join("/tmp", file))
-    try:
+    with _folder_locked(path):  # so that nobody meets a file half made, or locked to be removed
+        descriptor = _lock_claim(path, prefix, f"{host}:{port}")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} {command}".encode())
-        os.set_inheritable(descriptor, True)
+        for file in os.listdir("/tmp"):  # what killed servers left
+            if file.startswith(ours) and file.endswith(".claim"):
+                _remove_if_unlocked(os.path.join("/tmp", file))
+    try:
         yield
     finally:
         # Removed, not just closed: what a command that has ended leaves running has it open too,
         # and must not keep the next server from starting.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _folder_locked(path):
             os.unlink(path)
         os.close(descriptor)
 
 
 def _lock_claim(path: str, prefix: str, host: str) -> int:
-    while True:
-        try:
-            low = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            descriptor = _raised(low)
-            os.close(low)
-        except OSError as error:
-            raise ClaimError(
-                f"cannot claim the names: {path}: {error.strerror}; remove it, or choose another "
-                "--prefix"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                return descriptor
-        except BlockingIOError:
-            pid, _, command = os.read(descriptor, 100).decode().partition(" ")
-            os.close(descriptor)
-            raise ClaimError(
-                f"names are in use: {prefix}0, 1, 2 ... on {host} by pgmanager {command}, "
-                f"process {pid or 'unknown'}{_afterlife(pid, path)}; choose another --prefix, "
-                "share one 'pgmanager serve', or use 'wrap --ephemeral'"
-            ) from None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # removed by its last holder between our open and our lock
+    try:
+        low = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = _raised(low)
+        os.close(low)
+    except OSError as error:
+        raise ClaimError(
+            f"cannot claim the names: {path}: {error.strerror}; remove it, or choose another "
+            "--prefix"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid, _, command = os.read(descriptor, 100).decode().partition(" ")
+        os.close(descriptor)
+        raise ClaimError(
+            f"names are in use: {prefix}0, 1, 2 ... on {host} by pgmanager {command}, "
+            f"process {pid}{_afterlife(pid, path)}; choose another --prefix, "
+            "share one 'pgmanager serve', or use 'wrap --ephemeral'"
+        ) from None
+    return descriptor
 
 
 def _remove_if_unlocked(path: str) -> None:
