@@ -119,8 +119,12 @@ class CommandError(Error):
     """A command could not be run at all; the exit statuses are the shell's own."""
 
     def __init__(self, program: str, error: OSError) -> None:
-        if isinstance(error, FileNotFoundError) or not program:
-            self.status, advice = 127, "check its spelling, and PATH"
+        import shutil
+
+        # Not permitted to look into a folder of PATH is not found, if it is nowhere else either.
+        found = "/" in program or shutil.which(program, os.F_OK)
+        if isinstance(error, FileNotFoundError) or not found:
+            self.status, advice = 127, "not found: check its spelling, and PATH"
         elif error.errno in _SCARCE:
             self.status, advice = 125, "the system is short of it; try again with less load"
         else:
@@ -180,6 +184,17 @@ def _socket_path(given: str | None = None) -> str:
             "choose a shorter one with --socket or PGM_SOCKET, such as /tmp/pgm.sock"
         )
     return path
+
+
+def _absolute(path: str) -> str:
+    """Return the absolute path of a server's socket, which is what it tells its clients."""
+    try:
+        return _socket_path(os.path.abspath(path))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"the current folder is gone: cannot place {path}; cd to one that exists, or give "
+            "--socket an absolute path"
+        ) from error
 
 
 def _names(prefix: str | None = None, count: str | None = None) -> list[str]:
@@ -471,7 +486,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     request_queue_size = socket.SOMAXCONN  # 5 otherwise, and the sixth test process would hang
 
     def __init__(self, path: str, pool: Pool, command: str, verbose: bool = False) -> None:
-        self.path = _socket_path(os.path.abspath(path))
+        self.path = _absolute(path)
         self.pool = pool
         self.command = command
         self.verbose = verbose
@@ -528,9 +543,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """
         if self._identity is None:
             return
-        with contextlib.suppress(OSError), _folder_locked(self.path):
-            if _identity(self.path) == self._identity:
-                os.unlink(self.path)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                stack.enter_context(_folder_locked(self.path))
+            with contextlib.suppress(OSError):
+                if _identity(self.path) == self._identity:
+                    os.unlink(self.path)
         self._identity = None
 
     # The accepting thread.
@@ -744,17 +762,32 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 @contextlib.contextmanager
 def _folder_locked(path: str) -> Iterator[None]:
-    """Hold the lock on the folder of a socket: to look at a path and act on it is one step.
+    """Hold the lock on the folder of a file: to look at a path and act on it is one step.
 
     Blocks while another server starts or ends in the same folder. The lock is on the folder
-    itself (flock(2)), so there is no lock file to leave behind or to race for.
+    itself (flock(2)), so there is no lock file to leave behind or to race for. Where somebody
+    else keeps it, as flock(1) does for the command it runs, SocketError comes in 5 seconds.
     """
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    folder = os.path.dirname(path)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # In a thread, because flock(2) knows no time-out.
+            locking = threading.Thread(
+                target=fcntl.flock, args=(descriptor, fcntl.LOCK_EX), daemon=True
+            )
+            locking.start()
+            locking.join(5)
+            if locking.is_alive():
+                raise SocketError(
+                    f"folder is locked: {folder} by another program; end it (see 'fuser {folder}'),"
+                    " or choose another --socket"
+                ) from None
         yield
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def _raise_descriptor_limit() -> bool:
@@ -858,13 +891,15 @@ def _claimed(prefix: str, command: str) -> Iterator[None]:
 def _lock_claim(path: str, prefix: str, host: str) -> int:
     try:
         low = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        descriptor = _raised(low)
-        os.close(low)
     except OSError as error:
         raise ClaimError(
             f"cannot claim the names: {path}: {error.strerror}; remove it, or choose another "
             "--prefix"
         ) from error
+    try:
+        descriptor = _raised(low)
+    finally:
+        os.close(low)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -893,7 +928,7 @@ def _afterlife(pid: str, path: str) -> str:
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
-        return f" (killed, but its command lives on: see 'fuser {path}')"
+        return f" (killed, but what it ran lives on: see 'fuser {path}')"
     except (ValueError, OSError):
         pass
     return ""
@@ -904,7 +939,11 @@ def _raised(descriptor: int) -> int:
     try:
         return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64)
     except OSError:  # the limit is lower; scripts use one digit
+        pass
+    try:
         return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10)
+    except OSError as error:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
 
 
 def _peer_pid(connection: socket.socket) -> int | None:
@@ -969,6 +1008,21 @@ def _no_server(path: str) -> ServerError:
     )
 
 
+def _cannot_connect(path: str, error: OSError) -> Error:
+    """Return the error that tells why the socket of a server could not be connected to."""
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        return _no_server(path)
+    if isinstance(error, BlockingIOError):
+        return AcquireTimeout(
+            f"the server accepts no one: {path}, and its queue is full; is it stopped? "
+            "If so, continue or restart it"
+        )
+    return ServerError(
+        f"cannot connect to the socket: {path}: {error.strerror}; set PGM_SOCKET to a "
+        "pgmanager server's"
+    )
+
+
 def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     """Return the status of the server at a path; None where a server does not know observers.
 
@@ -989,6 +1043,8 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
                 connection.settimeout(max(deadline - time.monotonic(), 0.001))
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise _no_server(path) from error
+        except (PermissionError, NotADirectoryError) as error:
+            raise _cannot_connect(path, error) from error
         except OSError:
             pass
     try:
@@ -1116,21 +1172,6 @@ async def acquire_async(
             yield lease
 
 
-def _cannot_connect(path: str, error: OSError) -> Error:
-    """Return the error that tells why the socket of a server could not be connected to."""
-    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-        return _no_server(path)
-    if isinstance(error, BlockingIOError):
-        return AcquireTimeout(
-            f"the server accepts no one: {path}, and its queue is full; is it stopped? "
-            "If so, continue or restart it"
-        )
-    return ServerError(
-        f"cannot connect to the socket: {path}: {error.strerror}; set PGM_SOCKET to a "
-        "pgmanager server's"
-    )
-
-
 def _answer(connection: socket.socket, path: str, started: float, seconds: float | None) -> bytes:
     """Return what the server says, once it does."""
     if seconds is not None:
@@ -1235,6 +1276,7 @@ class _Signals:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.ended_by: int | None = None
+        self._running: set[subprocess.Popen[bytes]] = set()
         # An ignored SIGCHLD, which we may have inherited, would lose the exit status of every
         # child. The others stay ignored where they were, for us and our children: nohup(1).
         signal.signal(signal.SIGCHLD, _noted)
@@ -1245,6 +1287,9 @@ class _Signals:
     def next(self) -> int:
         """Return the next signal's number; blocks until there is one."""
         number = os.read(self._reader, 1)[0]
+        if number in self.PASSED_ON:
+            for process in self._running:
+                process.send_signal(number)
         if number in self.ENDING and self.ended_by is None:
             self.ended_by = number
         return number
@@ -1289,6 +1334,7 @@ class _Signals:
         missed = set()
         while _readable(self._reader):
             missed.add(self.next())
+        self._running.add(process)
         for number in missed & (self.ENDING | self.PASSED_ON):
             process.send_signal(number)
         return process
@@ -1298,11 +1344,9 @@ class _Signals:
         while True:
             for process in processes:
                 if process.poll() is not None:
+                    self._running.discard(process)
                     return process
-            number = self.next()
-            if number in self.PASSED_ON:
-                for process in processes:
-                    process.send_signal(number)
+            self.next()
 
 
 def _status(process: subprocess.Popen[bytes]) -> int:
@@ -1521,9 +1565,12 @@ def _run_steps(
         signals.check()
         if failed:
             what = commands[0] if isinstance(commands[0], str) else commands[0][0]
-            _say(f"what {what} said:\n{_tail(output)}")
-            status = _status(failed[0])
-            raise PostgresError(f"{failure}: {what}: exit status {status}; see what it said above")
+            failure = f"{failure}: {what}: exit status {_status(failed[0])}"
+            said = _tail(output)
+            if not said:
+                raise PostgresError(f"{failure}; it said nothing")
+            _say(f"what {what} said:\n{said}")
+            raise PostgresError(f"{failure}; see what it said above")
 
 
 def _tail(output: Any, limit: int = 8192) -> str:
@@ -1587,16 +1634,16 @@ def _watch_postgres(programs: str) -> int:
 
     for number in _Signals.ENDING:
         signal.signal(number, _noted)  # it must outlive whoever asks pgmanager to end
-    base = tempfile.gettempdir()
-    user = _unprivileged_user()
-    if len(os.fsencode(base)) + 64 > MAX_PATH_BYTES or (user and not _open_to_all(base)):
-        base = "/tmp"  # too long for the socket in it, or out of that user's reach
-    for leftover in os.listdir(base):
-        if leftover.startswith(FOLDER_PREFIX):
-            _sweep(os.path.join(base, leftover))
-    folder, alive = _own_folder(base)
-    postgres = None
+    folder, alive, postgres = "", -1, None
     try:
+        base = tempfile.gettempdir()
+        user = _unprivileged_user()
+        if len(os.fsencode(base)) + 64 > MAX_PATH_BYTES or (user and not _open_to_all(base)):
+            base = "/tmp"  # too long for the socket in it, or out of that user's reach
+        for leftover in os.listdir(base):
+            if leftover.startswith(FOLDER_PREFIX):
+                _sweep(os.path.join(base, leftover))
+        folder, alive = _own_folder(base)
         if user:
             os.chown(folder, user["user"], user["group"])
             programs = _within_reach(programs, folder, user)
@@ -1612,8 +1659,9 @@ def _watch_postgres(programs: str) -> int:
             # Immediate shutdown: the one that neither waits for clients nor for their queries.
             postgres.send_signal(signal.SIGQUIT)
             postgres.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(alive)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(alive)
 
 
 def _tell(text: str) -> None:
@@ -1656,7 +1704,8 @@ def _start_postgres(programs: str, folder: str, user: Mapping[str, Any]) -> subp
         **user,
     )
     if made.returncode:
-        raise PostgresError(f"initdb failed: {made.stdout.decode(errors='replace').strip()}")
+        said = made.stdout.decode(errors="replace").strip().splitlines()
+        raise PostgresError(f"initdb failed: {'; '.join(said[-3:])}")
     running = _lock(cluster)
     settings = {
         "listen_addresses": "",
@@ -1886,7 +1935,7 @@ def _summary(pool: Pool) -> str:
 
 
 def _wrap(args: Arguments) -> int:
-    path = _socket_path(os.path.abspath(_socket_path(args.socket)))
+    path = _absolute(_socket_path(args.socket))
     if args.init is not None and not args.ephemeral:
         raise UsageError("--init without --ephemeral: nothing to initialise; give both, or neither")
     _names(args.prefix or "any", args.count)  # a pool of our own may not be needed, nor a prefix
@@ -1935,7 +1984,10 @@ def _joins(path: str, ephemeral: bool) -> bool:
     except ServerError:
         return False
     if status is None:
-        raise SocketError(f"socket is in use: {path}, not by pgmanager; choose another --socket")
+        raise SocketError(
+            f"socket is in use: {path}, and what listens gives no status; if it is a stopped "
+            "pgmanager, continue it, else choose another --socket"
+        )
     if status["command"] != "serve" or ephemeral:
         raise SocketError(
             f"socket is in use: {path} by pgmanager {status['command']}, process "
@@ -2010,16 +2062,23 @@ def _show_status(args: Arguments) -> int:
             f"no status to be had: {path} is not served by pgmanager, or the server is stopped; "
             "continue it, or set PGM_SOCKET"
         )
+    if sys.stdout is None:
+        raise Error("cannot write the status: closed; mend standard output")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if args.json:
         import json
 
-        print(json.dumps(status, indent=2))
+        text = json.dumps(status, indent=2)
     else:
         import shutil
 
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print("\n".join(_status_lines(status, width)))
+        text = "\n".join(_status_lines(status, width))
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = None  # or Python would try again at its end
+        raise Error(f"cannot write the status: {error.strerror}; mend standard output") from error
     return 0
 
 
@@ -2168,11 +2227,19 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*argv], []
 
 
+def _forget_coerced_locale() -> None:
+    """Take back what Python sets for itself in the C locale (PEP 538): COMMAND would inherit it."""
+    with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
+        if not any(line.startswith(b"LC_CTYPE=") for line in file.read().split(b"\0")):
+            os.environ.pop("LC_CTYPE", None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. It takes this process's signals for good."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == [WATCHDOG]:
+    if len(argv) == 2 and argv[0] == WATCHDOG:
         return _watch_postgres(argv[1])
+    _forget_coerced_locale()
     # Until a command takes signals in hand, Ctrl-C ends us as it ends any program: silently.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -2191,8 +2258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Interrupted as interrupted:
         return 128 + interrupted.number
     except (OSError, RuntimeError, MemoryError) as error:  # no descriptor, no thread, no memory
-        _say(f"cannot go on: {error}; try again with less load")
+        _say(f"cannot go on: {error}; if the system is short of something, try with less load")
         return Error.status
+    finally:
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+        except (OSError, ValueError):
+            sys.stderr = None  # or Python, failing to flush it at its end, would exit with 120
 
 
 if __name__ == "__main__":
