@@ -51,6 +51,7 @@ import struct
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name
@@ -173,8 +174,7 @@ def _setting(given: str | None, option: str, *variables: str) -> tuple[str | Non
 def _socket_path(given: str | None = None) -> str:
     """Return the path of the socket as it was given, or raise UsageError."""
     path, source = _setting(given, "--socket", "PGM_SOCKET", "PGMANAGER_SOCKET")
-    if path is None:
-        path = DEFAULT_SOCKET
+    path = DEFAULT_SOCKET if path is None else os.fspath(path)
     if not path or "\0" in path:
         raise UsageError(f"bad socket path: {path!r} from {source}; give the path of a UNIX socket")
     size = len(os.fsencode(path))
@@ -289,9 +289,24 @@ def _with_database(url: str, name: str) -> str:
 
 def _say(text: str) -> None:
     """Print a line on stderr, if there still is one: a message must never stop a server."""
+    line = f"pgmanager: {text}\n"
     with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None:
-            print(f"pgmanager: {text}", file=sys.stderr, flush=True)
+        for start in range(0, len(line), 500):
+            if sys.stderr is not None and _takes_more(sys.stderr):
+                print(line[start : start + 500], end="", file=sys.stderr, flush=True)
+
+
+def _takes_more(file: Any) -> bool:
+    """Say whether a write will not block: not on a pipe that is full because nobody reads it.
+
+    A pipe that takes anything takes PIPE_BUF bytes, 4,096 on Linux and 512 elsewhere: pipe(7).
+    """
+    poller = select.poll()
+    try:
+        poller.register(file, select.POLLOUT)
+    except (OSError, ValueError, TypeError, AttributeError):  # not a file of the system's
+        return True
+    return bool(poller.poll(0))
 
 
 # -------------------------------------------------------------------------------------- Pool
@@ -470,6 +485,7 @@ class Pool:
 
 # ------------------------------------------------------------------------------------ Server
 
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
 _WASTE = bytearray(4096)  # what clients send lands here, from all threads at once: nobody reads it
 
 
@@ -490,11 +506,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.pool = pool
         self.command = command
         self.verbose = verbose
+        self._owner = os.getpid()
         # The law of the wire: a grant is written and a connection is closed under it, neither of
         # which blocks. A descriptor closed between the decision to write and the write could be
         # another client's by then, and that client would read a name that is not its own.
         self._wire = threading.Lock()
-        import json  # now: when an observer asks there may be no descriptor left to read it with
+        import json  # now: when an observer asks there may be no descriptor to read them with
+        import shlex  # noqa: F401
 
         self._to_json = json.dumps
         self._poller = select.poll()
@@ -505,6 +523,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._starved = False  # of descriptors
         self._warned: set[str] = set()
         self._identity: tuple[int, int] | None = None
+        # A forked child's copy of the listener would keep the path alive after our death.
+        ours = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _close_listener(ours()))
         super().__init__(self.path, socketserver.BaseRequestHandler, False)
         try:
             self._identity = self._take_path()
@@ -609,7 +630,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except (RuntimeError, MemoryError) as error:
             if observer:
-                self._report(request, 0)  # what goes into the socket's buffer: we wait for nobody
+                with contextlib.suppress(Exception):  # we wait for nobody, and must not end
+                    self._report(request, 0)
                 request.close()
                 return
             self._warn_once(f"no thread for a client: {error}; serving without, no name is lost")
@@ -637,6 +659,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def shutdown(self) -> None:
         """Grant no more, and make ``serve_forever`` return. May be called from any thread."""
+        if os.getpid() != self._owner:  # a forked child that leaves the block: it serves nobody
+            return
         self.pool.close()
         self._stopping = True
         self._wake()
@@ -663,7 +687,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         document = self._to_json(self.status()).encode()
         request.settimeout(patience)
         with contextlib.suppress(OSError):
-            request.sendall(document)
+            request.sendall(document, _NO_SIGNAL)
 
     def shutdown_request(self, request: Any) -> None:
         """Pass the name of a client that is gone to the next in line, then close."""
@@ -686,7 +710,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Answer a client. If it is gone the connection's end, seen by its thread, says so too."""
         with self._wire:
             try:
-                request.send(os.fsencode(answer)[:MAX_ANSWER_BYTES], socket.MSG_DONTWAIT)
+                data = os.fsencode(answer)[:MAX_ANSWER_BYTES]
+                request.send(data, socket.MSG_DONTWAIT | _NO_SIGNAL)
             except OSError:
                 last = True
             if last:
@@ -747,6 +772,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def server_close(self) -> None:
         """Stop listening and disconnect everyone. Idempotent; ``serve_forever`` has returned."""
+        if os.getpid() != self._owner:  # the path and the clients are the parent's
+            super().server_close()
+            return
         with self._wire:  # first, so that there is a descriptor with which to lock the folder
             self._waker.close()
             self._woken.close()
@@ -757,7 +785,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
             with contextlib.suppress(OSError), self._wire:
                 request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
         for watched in self._watched.values():
-            watched.close()
+            with self._wire:
+                watched.close()
+
+
+def _close_listener(server: Server | None) -> None:
+    if server is not None and hasattr(server, "socket"):
+        server.socket.close()
 
 
 @contextlib.contextmanager
@@ -787,6 +821,7 @@ def _folder_locked(path: str) -> Iterator[None]:
                 ) from None
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing leaves it to a child forked meanwhile
         os.close(descriptor)
 
 
@@ -856,39 +891,45 @@ def _bound(connection: socket.socket) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _claimed(prefix: str, command: str) -> Iterator[None]:
+def _claimed(prefix: str, count: int, command: str) -> Iterator[None]:
     """Hold the claim on names against one PostgreSQL; raise ClaimError where another does.
 
-    The claim is a lock (flock(2)) on a file that names host, port and prefix. Every process that
-    inherits its descriptor keeps it: a command whose wrap was killed still uses the names.
+    The claim is a lock (flock(2)) on a file that says on which names. Every process that inherits
+    its descriptor keeps it: a command whose wrap was killed still uses the names.
     """
     from urllib.parse import quote
 
-    host = os.environ.get("PGHOST", "")
-    if host in ("", "127.0.0.1", "::1", "/tmp", "/var/run/postgresql", "/run/postgresql"):
-        host = "localhost"  # all lead to the server that is local by default
-    port = os.environ.get("PGPORT") or "5432"
-    subject = quote(f"{host}:{port}:{prefix}", safe="")[-200:]
-    ours = f"pgmanager-{os.geteuid()}-"
-    path = f"/tmp/{ours}{subject}.claim"
-    with _folder_locked(path):  # so that nobody meets a file half made, or locked to be removed
-        descriptor = _lock_claim(path, prefix, f"{host}:{port}")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {command}".encode())
-        for file in os.listdir("/tmp"):  # what killed servers left
-            if file.startswith(ours) and file.endswith(".claim"):
-                _remove_if_unlocked(os.path.join("/tmp", file))
-    try:
+    server = _default_server()
+    ours = f"/tmp/pgmanager-{os.geteuid()}-"
+    path = f"{ours}{quote(os.fsencode(f'{server}:{prefix}'), safe='')[-200:]}.claim"
+    owner = os.getpid()
+    with contextlib.ExitStack() as stack:
+        with _folder_locked(path):  # so that nobody meets a claim half made
+            for file in os.listdir("/tmp"):
+                other = os.path.join("/tmp", file)
+                if other.startswith(ours) and file.endswith(".claim"):
+                    _check_claim(other, server, prefix, count)
+            descriptor = _open_claim(path)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            stack.callback(_leave_claim, path, owner)
+            os.ftruncate(descriptor, 0)
+            claim = f"{os.getpid()} {command}\n{server}\n{count}\n{prefix}"
+            os.write(descriptor, os.fsencode(claim))
         yield
-    finally:
-        # Removed, not just closed: what a command that has ended leaves running has it open too,
-        # and must not keep the next server from starting.
-        with contextlib.suppress(OSError), _folder_locked(path):
-            os.unlink(path)
-        os.close(descriptor)
 
 
-def _lock_claim(path: str, prefix: str, host: str) -> int:
+def _default_server() -> str:
+    """Return the PostgreSQL that libpq would connect to, as host:port, in one spelling of many."""
+    host = os.environ.get("PGHOSTADDR") or os.environ.get("PGHOST") or ""
+    host = host.strip().rstrip("/.")
+    host = host if host.startswith("/") else host.lower()
+    if host in ("", "127.0.0.1", "::1", "/tmp", "/var/run/postgresql", "/run/postgresql"):
+        host = "localhost"
+    return f"{host}:{(os.environ.get('PGPORT') or '5432').strip().lstrip('0')}"
+
+
+def _open_claim(path: str) -> int:
     try:
         low = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -897,30 +938,46 @@ def _lock_claim(path: str, prefix: str, host: str) -> int:
             "--prefix"
         ) from error
     try:
-        descriptor = _raised(low)
+        return _raised(low)
     finally:
         os.close(low)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid, _, command = os.read(descriptor, 100).decode().partition(" ")
-        os.close(descriptor)
-        raise ClaimError(
-            f"names are in use: {prefix}0, 1, 2 ... on {host} by pgmanager {command}, "
-            f"process {pid}{_afterlife(pid, path)}; choose another --prefix, "
-            "share one 'pgmanager serve', or use 'wrap --ephemeral'"
-        ) from None
-    return descriptor
 
 
-def _remove_if_unlocked(path: str) -> None:
+def _leave_claim(path: str, owner: int) -> None:
+    # Removed, not just closed: what a command that has ended leaves running has it open too, and
+    # must not keep the next server from starting. A forked child has nothing to remove.
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.getpid() == owner:
             os.unlink(path)
-        finally:
-            os.close(descriptor)
+
+
+def _check_claim(path: str, server: str, prefix: str, count: int) -> None:
+    """Remove a claim that nobody holds; raise ClaimError if one that is held has our names."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            holder, where, size, what = os.fsdecode(file.read(1000)).split("\n")
+        if where == server and (_within(prefix, count, what) or _within(what, int(size), prefix)):
+            pid, _, command = holder.partition(" ")
+            raise ClaimError(
+                f"names are in use: {what}0, 1, 2 ... on {server} by pgmanager {command}, process "
+                f"{pid}{_afterlife(pid, path)}; choose another --prefix, share one "
+                "'pgmanager serve', or use 'wrap --ephemeral'"
+            )
+
+
+def _within(prefix: str, count: int, other: str) -> bool:
+    """Say whether the first name of another prefix is one of ours: app_1 + 0 is app_ + 10."""
+    number = f"{other}0"[len(prefix) :]
+    return (
+        other.startswith(prefix)
+        and number.isdigit()
+        and str(int(number)) == number
+        and int(number) < count
+    )
 
 
 def _afterlife(pid: str, path: str) -> str:
@@ -991,6 +1048,17 @@ def _connect(connection: socket.socket, path: str, seconds: float | None) -> Non
     # A signal that breaks into the wait makes Python report a connection where there is none.
     while sys.platform == "linux" and not _is_connected(connection):
         connection.connect(path)
+
+
+def _connects(connection: socket.socket, path: str, seconds: float) -> bool:
+    """Connect within a second, or say that there is still time to try again."""
+    try:
+        _connect(connection, path, min(seconds, 1))
+    except BlockingIOError:
+        if seconds <= 1:
+            raise
+        return False
+    return True
 
 
 def _is_connected(connection: socket.socket) -> bool:
@@ -1088,10 +1156,12 @@ class Lease(str):
         descriptor = vars(self).pop("_descriptor", None)  # in one step: two threads may release
         if descriptor is None:
             return
-        hangup = select.poll()
-        hangup.register(descriptor, 0)
-        lost = hangup.poll(0)
-        os.close(descriptor)
+        try:
+            hangup = select.poll()
+            hangup.register(descriptor, 0)
+            lost = hangup.poll(0)
+        finally:
+            os.close(descriptor)
         if lost:
             warnings.warn(
                 f"the pgmanager server went away while {self} was leased: for part of that time "
@@ -1153,7 +1223,10 @@ async def acquire_async(
             try:
                 connection.connect(path)
             except BlockingIOError:  # the backlog is full; no event tells when it no longer is
-                await loop.run_in_executor(None, _connect, connection, path, seconds)
+                # In steps: a thread in connect(2) cannot be cancelled, and the loop's end waits.
+                left = MAX_TIMEOUT if seconds is None else seconds
+                while not await loop.run_in_executor(None, _connects, connection, path, left):
+                    left = left if seconds is None else started + seconds - time.monotonic()
                 connection.setblocking(False)
         except OSError as error:
             raise _cannot_connect(path, error) from error
@@ -1389,6 +1462,7 @@ class _Preparer:
 
         self._command = command
         self._env = env
+        self._owner = os.getpid()
         self._names: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         # Guards the two below: after stop() has looked, nothing new is started.
@@ -1409,6 +1483,8 @@ class _Preparer:
 
     def stop(self) -> None:
         """End what runs, with all its children; blocks until it has ended. Idempotent."""
+        if os.getpid() != self._owner:  # a forked child: they are the parent's
+            return
         with self._lock:
             self._stopping.set()
             for process in self._running:
@@ -1424,11 +1500,15 @@ class _Preparer:
             try:
                 reason = self._run(name)
             except OSError as error:
-                # Not the database's fault, which must not be lost by it: once more, later.
-                _say(f"cannot prepare {name} for now: {error.strerror}; trying again")
-                self._stopping.wait(1)
-                self._names.put(name)
-                continue
+                if error.errno in _SCARCE or error.errno == errno.ENOSPC:
+                    # Not the database's fault, which must not be lost by it: once more, later.
+                    _say(f"cannot prepare {name} for now: {error.strerror}; trying again")
+                    self._stopping.wait(1)
+                    self._names.put(name)
+                    continue
+                reason = f"cannot prepare {name}: {error.strerror}"
+            except Exception as error:  # a command that cannot be written down, in this locale
+                reason = f"cannot prepare {name}: {error!a}"
             if self._stopping.is_set():
                 return
             if reason is None:
@@ -1865,11 +1945,13 @@ def serving(
     prepare = _prepare_command(prepare)
     preparer = None
     if prepare is not None:
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            raise UsageError("SIGCHLD is ignored: no exit status to be had; restore it to prepare")
         preparer = _Preparer(prepare, env=os.environ if env is None else env)
         _leading_to(names[0], env)  # raises now, not in every preparation
     with contextlib.ExitStack() as stack:
         if claim:
-            stack.enter_context(_claimed(names[0][:-1], command))
+            stack.enter_context(_claimed(names[0][:-1], len(names), command))
         pool = Pool(names, prepare=None if preparer is None else preparer.put)
         server = stack.enter_context(Server(_socket_path(socket_path), pool, command, verbose))
         if preparer is not None:
@@ -2063,7 +2145,7 @@ def _show_status(args: Arguments) -> int:
             "continue it, or set PGM_SOCKET"
         )
     if sys.stdout is None:
-        raise Error("cannot write the status: closed; mend standard output")
+        return 0  # closed by the shell's >&-
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if args.json:
         import json
@@ -2173,10 +2255,9 @@ def _parser() -> argparse.ArgumentParser:
             else:
                 parser.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
-    assert __doc__
     parser = Parser(
         prog="pgmanager",
-        description=__doc__.splitlines()[0],
+        description="Exclusive PostgreSQL databases for parallel tests.",
         epilog="In brackets: the environment variable an option can come from, and its default.",
         allow_abbrev=False,
     )

@@ -42,7 +42,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import psycopg
 import psycopg.conninfo
@@ -1978,7 +1978,7 @@ def test_wrap_leaves_a_server_of_another_make_alone(path: str) -> None:
     with other_server(path, OTHERS["grants to everybody"]):
         done = run("wrap", "-s", path, "--prefix", "db", "echo")
     assert (done.returncode, done.stdout) == (125, "")
-    assert f"socket is in use: {path}, not by pgmanager" in done.stderr
+    assert f"socket is in use: {path}, and what listens gives no status" in done.stderr
 
 
 def test_a_long_or_missing_folder_for_temporary_files_is_no_obstacle(
@@ -2184,7 +2184,7 @@ def test_a_claim_outlives_a_killed_wrap_as_long_as_its_command_lives(
         try:
             done = run("serve", "-s", path, *POOL)
             assert done.returncode == 125
-            killed = f"process {wrap.pid} (killed, but its command lives on: see 'fuser "
+            killed = f"process {wrap.pid} (killed, but what it ran lives on: see 'fuser "
             assert f"{killed}{claims()[0]}'" in done.stderr
             assert all(way in done.stderr for way in OTHER_WAYS)
         finally:
@@ -2622,9 +2622,7 @@ def test_postgresql_reads_of_a_rewritten_url_what_it_read_and_the_new_name(
     rewritten = pgmanager._with_database(url, name)
     understood = psycopg.conninfo.conninfo_to_dict(url)
     assert psycopg.conninfo.conninfo_to_dict(rewritten) == {**understood, "dbname": name}
-    before, after = urlsplit(url), urlsplit(rewritten)
-    assert unquote(after.path) == f"/{name}"
-    assert before._replace(path=after.path) == after
+    assert rewritten == f"{scheme}://{login}{place}/{quote(name, safe='')}{query and '?' + query}"
 
 
 @pytest.mark.parametrize(
@@ -3774,6 +3772,111 @@ def test_recipe_of_a_lease_for_each_process(recipes: Path, heading: str) -> None
         (recipes / "tests" / f"{number}.sh").write_text("python witness.py 4\n")
     follow(heading, recipes)
     assert sorted(os.listdir(recipes / "seen")) == [f"app_test_{n}" for n in range(4)]
+
+
+# ------------------------------------------------------------------------------- Found by others
+
+
+def test_a_forked_child_that_leaves_serving_takes_nothing_with_it(path: str) -> None:
+    with pgmanager.serving("db", 2, socket_path=path) as server, connect(path) as client:
+        assert name_of(client) == "db0"
+        child = os.fork()
+        if not child:
+            try:
+                server.shutdown()
+                server.server_close()
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert silent(client)
+        with connect(path) as other:
+            assert name_of(other) == "db1"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clash"),
+    [
+        (("t", 20), ("t1", 8), True),
+        (("t1", 8), ("t", 20), True),
+        (("t", 8), ("t1", 8), False),
+        (("t", 101), ("t10", 1), True),
+        (("t", 100), ("t10", 1), False),
+        (("t", 999), ("t0", 1), False),
+        (("t_", 999), ("t", 999), False),
+    ],
+)
+def test_a_claim_is_on_names(
+    ours: tuple[str, int], theirs: tuple[str, int], clash: bool, folder: Path
+) -> None:
+    assert clash == bool(
+        {f"{ours[0]}{n}" for n in range(ours[1])} & {f"{theirs[0]}{n}" for n in range(theirs[1])}
+    )
+    with pgmanager.serving(*ours, socket_path=str(folder / "a")):
+        refusal = pytest.raises(pgmanager.ClaimError, match="names are in use")
+        expected: Any = refusal if clash else contextlib.nullcontext()
+        with expected, pgmanager.serving(*theirs, socket_path=str(folder / "b")):
+            pass
+
+
+def test_a_stderr_that_nobody_reads_stops_nothing(path: str) -> None:
+    fails = "yes | head -c 8000; exit 3"
+    with served(path, "-v", "--count", "16", "--prepare", fails) as process:
+        with connect(path) as waiter:
+            assert waiter.recv(1024).startswith(b"EMPTY:")
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+
+
+def test_a_host_program_that_wants_sigpipe_serves_on(path: str) -> None:
+    code = (
+        "import pgmanager, signal, sys; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+        "with pgmanager.serving('db', 1, socket_path=sys.argv[1]):\n"
+        "    print('ready', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, path]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=MODULE.parent, text=True, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for _ in range(300):
+            connect(path).close()
+        with connect(path) as client:
+            assert name_of(client) == "db0"
+        process.communicate()
+    assert process.returncode == 0
+
+
+def test_every_job_of_wrap_each_gets_the_signal(folder: Path) -> None:
+    job = 'echo > "$0/$PGM_SHARD"; exec sleep 60'
+    with started(
+        "wrap-each", "--prefix", "db", "--count", "9", "-j", "3", "sh", "-c", job, str(folder)
+    ) as process:
+        wait_until(lambda: len(list(folder.iterdir())) == 3, "three jobs")
+        process.terminate()
+        assert process.wait(DEADLINE) == 128 + signal.SIGTERM
+
+
+@linux
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(("wrap", "-v", "--", "sh", "-c", "exit 7"), 7), (("exec", "true"), 125), (("wrap",), 2)],
+)
+def test_a_full_stderr_changes_no_exit_status(
+    words: tuple[str, ...], status: int, path: str
+) -> None:
+    env = {**os.environ, "PGM_SOCKET": path, "PGM_DATABASE_PREFIX": "db"}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*PGMANAGER, *words], stderr=full, env=env, timeout=DEADLINE)
+    assert ended.returncode == status
+
+
+def test_a_folder_that_another_keeps_locked_is_an_error(path: str, folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    ended = run("serve", "-s", path, "--prefix", "db")
+    os.close(descriptor)
+    assert ended.returncode == 125
+    assert "folder is locked" in ended.stderr
 
 
 # ------------------------------------------------------------------------------------ Messages
