@@ -383,12 +383,12 @@ class Pool:
                 raise PoolBroken(self._broken_by)
             now = self._clock()
             self._waiters[client] = now
-            self.demand = max(self.demand, len(self._holders) + len(self._waiters))
             grant = self._match(now)
-            if grant is None:
-                self.waited += 1
-                return None
-            return grant[1]
+            if grant is not None:
+                return grant[1]
+            self.waited += 1
+            self.demand = max(self.demand, len(self._holders) + len(self._waiters))
+            return None
 
     def release(self, client: Client) -> Grant | None:
         """Forget a client that is gone, holder or waiter; return the grant this makes possible."""
@@ -468,8 +468,11 @@ class Pool:
         self._enter(name, LEASED, now)
         self._holders[client] = name
         self.leases += 1
-        self.peak = max(self.peak, len(self._holders))
-        self._count_wait(now - since)
+        if len(self._holders) > self.peak:
+            self.peak = len(self._holders)
+            self.demand = max(self.demand, self.peak)
+        if now > since:
+            self._count_wait(now - since)
         return client, name
 
     def _enter(self, name: str, state: str, now: float) -> None:
@@ -578,6 +581,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Accept clients until ``shutdown``. Blocks, and wakes for events only, never to look."""
         self._poller.register(self._woken, select.POLLIN)
         self._poller.register(self, select.POLLIN)
+        listener, woken = self.fileno(), self._woken.fileno()
         while not self._stopping:
             # Starved of descriptors, accept again when a connection ends; the second is for
             # those that other processes have to give back, of which no event tells.
@@ -585,10 +589,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if self._starved:
                 self._poller.register(self, select.POLLIN)
             for descriptor, _event in events:
-                if descriptor == self._woken.fileno():
-                    self._woken.recv(4096)
-                elif descriptor == self.fileno():
+                if descriptor == listener:
                     self._accept()
+                elif descriptor == woken:
+                    self._woken.recv(4096)
                 else:
                     self._watch(self._watched[descriptor])
 

@@ -135,7 +135,9 @@ def serving(command: Sequence[str] | str, path: str) -> Iterator[subprocess.Pope
 
 
 def serve(path: str, count: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    words = ["serve", "-s", path, "--prefix", "bench_", "--count", str(count)]
+    # A claim is on a prefix, and several servers are up at once.
+    prefix = f"{os.path.basename(path)}_"
+    words = ["serve", "-s", path, "--prefix", prefix, "--count", str(count)]
     return serving([*PGMANAGER, *words], path)
 
 
