@@ -418,12 +418,14 @@ class Pool:
         Returns the waiters for whom that was the last hope. They are waiters no longer.
         """
         with self._lock:
-            self._enter(name, BROKEN, self._clock())
+            now = self._clock()
+            self._enter(name, BROKEN, now)
             if any(state != BROKEN for state in self._state.values()):
                 return []
             self._broken_by = reason
             hopeless = list(self._waiters)
-            self._waiters.clear()
+            while self._waiters:
+                self._count_wait(now - self._waiters.popitem()[1])
             return hopeless
 
     def close(self) -> list[Client]:

@@ -358,14 +358,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.number = itertools.count()
         self.held: dict[int, tuple[str, float]] = {}  # name, since when
         self.waiting: dict[int, float] = {}
+        self.preparing: dict[str, float] = {}
+        self.broken: dict[str, float] = {}
+        self.asked: list[str] = []  # what the pool wanted prepared
         self.leases = self.peak = self.waited = 0
         self.waits = [0.0]
 
-    @initialize(count=st.integers(1, 4))
-    def create(self, count: int) -> None:
+    @initialize(count=st.integers(1, 4), prepares=st.booleans())
+    def create(self, count: int, prepares: bool) -> None:
         self.names = [f"db{shard}" for shard in range(count)]
-        self.free = [(name, self.now) for name in self.names]
-        self.pool = pgmanager.Pool(self.names, clock=lambda: self.now)
+        self.free = [] if prepares else [(name, self.now) for name in self.names]
+        self.preparing = dict.fromkeys(self.names, self.now) if prepares else {}
+        self.prepares = prepares
+        self.pool = pgmanager.Pool(
+            self.names,
+            prepare=self.asked.append if prepares else None,
+            clock=lambda: self.now,
+        )
+        self.pool.start()
+        assert self.asked == list(self.preparing)
 
     def granted(self) -> tuple[int, str] | None:
         """Return what the model says has to follow from a change: at most one grant."""
@@ -386,6 +397,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def acquire(self) -> None:
         client = next(self.number)
+        if len(self.broken) == len(self.names):  # no name can ever come
+            with pytest.raises(pgmanager.PoolBroken, match="because"):
+                self.pool.acquire(client)
+            return
         self.waiting[client] = self.now
         grant = self.granted()
         assert grant is None or grant[0] == client
@@ -397,8 +412,31 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         client = data.draw(st.sampled_from(sorted(self.held)))
         name, _ = self.held.pop(client)
+        if self.prepares:
+            self.preparing[name] = self.now
+            assert self.pool.release(client) is None
+            assert self.asked[-1] == name
+        else:
+            self.free.append((name, self.now))
+            assert self.pool.release(client) == self.granted()
+
+    @precondition(lambda self: self.preparing)
+    @rule(data=st.data())
+    def is_ready(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.preparing)))
+        del self.preparing[name]
         self.free.append((name, self.now))
-        assert self.pool.release(client) == self.granted()
+        assert self.pool.ready(name) == self.granted()
+
+    @precondition(lambda self: self.preparing)
+    @rule(data=st.data())
+    def breaks(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.preparing)))
+        del self.preparing[name]
+        self.broken[name] = self.now
+        hopeless = list(self.waiting) if len(self.broken) == len(self.names) else []
+        assert self.pool.fail(name, "because") == hopeless
+        self.waits += [self.now - self.waiting.pop(client) for client in hopeless]
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -424,9 +462,12 @@ class PoolMachine(RuleBasedStateMachine):
         expected: dict[str, tuple[str, int | None, float]] = {
             name: ("free", None, self.now - since) for name, since in self.free
         }
+        for state, names in (("preparing", self.preparing), ("broken", self.broken)):
+            expected.update((name, (state, None, self.now - names[name])) for name in names)
         for client, (name, since) in self.held.items():
             assert name not in expected
             expected[name] = ("leased", client, self.now - since)
+        assert len(expected) == len(self.names)  # none is lost, none in two places
         assert databases == [(name, *expected[name]) for name in self.names]
         assert waiting == [(client, self.now - since) for client, since in self.waiting.items()]
         assert not (self.free and self.waiting)
@@ -444,13 +485,15 @@ class PoolMachine(RuleBasedStateMachine):
             return
         clients = [*self.waiting, *self.held]
         assert sorted(map(str, self.pool.close())) == sorted(map(str, clients))
-        assert self.pool.acquire("late") is None
+        if len(self.broken) < len(self.names):
+            assert self.pool.acquire("late") is None
         assert [self.pool.release(client) for client in ["late", *reversed(clients)]] == [
             None for _ in ["late", *clients]
         ]
         self.waits += [self.now - since for since in self.waiting.values()]
         databases, waiting, totals = self.pool.snapshot()
-        assert {state for _, state, _, _ in databases} == {"free"}
+        usable = "preparing" if self.prepares else "free"
+        assert {row[1] for row in databases if row[0] not in self.broken} <= {usable, "free"}
         assert not waiting
         assert totals["leases"] == self.leases
         assert totals["wait_seconds_total"] == sum(self.waits)
