@@ -502,8 +502,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
     Where a thread cannot be had, the accepting thread watches over that connection itself.
     """
 
-    daemon_threads = True  # a thread that waits for a client must not keep the process
-    block_on_close = False  # nor closing wait for it, and a list of all threads grow with each
     request_queue_size = socket.SOMAXCONN  # 5 otherwise, and the sixth test process would hang
 
     def __init__(self, path: str, pool: Pool, command: str, verbose: bool = False) -> None:
@@ -512,6 +510,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.command = command
         self.verbose = verbose
         self._owner = os.getpid()
+        self._grants = {name: os.fsencode(f"OK:{name}") for name in pool.names}
         # The law of the wire: a grant is written and a connection is closed under it, neither of
         # which blocks. A descriptor closed between the decision to write and the write could be
         # another client's by then, and that client would read a name that is not its own.
@@ -626,7 +625,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             try:
                 name = self.pool.acquire(request)
             except PoolBroken as error:
-                self._send(request, f"EMPTY:{error}", last=True)
+                self._refuse(request, str(error))
             else:
                 if name is not None:
                     self._grant(request, name)
@@ -708,16 +707,18 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # Any thread.
 
     def _grant(self, request: Any, name: str) -> None:
-        self._send(request, f"OK:{name}")
+        self._send(request, self._grants[name])
         if self.verbose:
             _say(f"{name} is leased to process {_peer_pid(request)}")
 
-    def _send(self, request: Any, answer: str, last: bool = False) -> None:
+    def _refuse(self, request: Any, reason: str) -> None:
+        self._send(request, os.fsencode(f"EMPTY:{reason}")[:MAX_ANSWER_BYTES], last=True)
+
+    def _send(self, request: Any, answer: bytes, last: bool = False) -> None:
         """Answer a client. If it is gone the connection's end, seen by its thread, says so too."""
         with self._wire:
             try:
-                data = os.fsencode(answer)[:MAX_ANSWER_BYTES]
-                request.send(data, socket.MSG_DONTWAIT | _NO_SIGNAL)
+                request.send(answer, socket.MSG_DONTWAIT | _NO_SIGNAL)
             except OSError:
                 last = True
             if last:
@@ -733,7 +734,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def fail(self, name: str, reason: str) -> None:
         """Count out a database that could not be prepared; after the last, turn waiters away."""
         for request in self.pool.fail(name, reason):
-            self._send(request, f"EMPTY:{reason}", last=True)
+            self._refuse(request, reason)
 
     def status(self) -> dict[str, Any]:
         """Return the document that an observer is sent; times are in seconds."""
@@ -1408,13 +1409,15 @@ class _Signals:
             if error.errno == errno.ENOEXEC:
                 return self.start(_for_shell(command), env, **options)
             raise CommandError(command[0], error) from error
-        # What came before the child was there, or while it still had our handlers (where Python
-        # forks: 3.9), is lost on it. Sent again it may come twice, which is better than never.
+        # What came before the child was there is lost on it. From the terminal, it is so only while
+        # the child still has our handlers, where Python forks rather than vforks; sent again it
+        # may come twice there, which is better than never.
         missed = set()
         while _readable(self._reader):
             missed.add(self.next())
         self._running.add(process)
-        for number in missed & (self.ENDING | self.PASSED_ON):
+        forked = sys.platform != "linux" or sys.version_info < (3, 10)
+        for number in missed & (self.PASSED_ON | (self.FROM_TERMINAL if forked else frozenset())):
             process.send_signal(number)
         return process
 
