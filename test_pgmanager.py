@@ -3818,7 +3818,7 @@ def test_recipe_of_a_lease_for_each_process(recipes: Path, heading: str) -> None
     assert sorted(os.listdir(recipes / "seen")) == [f"app_test_{n}" for n in range(4)]
 
 
-# ------------------------------------------------------------------------------- Found by others
+# ------------------------------------------------------------------ Surroundings of other kinds
 
 
 def test_a_forked_child_that_leaves_serving_takes_nothing_with_it(path: str) -> None:
