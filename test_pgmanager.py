@@ -2908,7 +2908,7 @@ def test_wrap_tells_command_the_absolute_path_of_the_socket(
         (["sh", "-c", "kill -9 $$"], 128 + 9),
         (["no-such-program"], 127),
         (["/no/such/program"], 127),
-        ([str(MODULE.with_name("pyproject.toml"))], 126),
+        ([str(Path(__file__))], 126),
         (["/"], 126),
         ([], 2),
     ],
