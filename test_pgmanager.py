@@ -993,6 +993,12 @@ def test_two_hundred_waiters_cost_no_processor_time(path: str) -> None:
     with served(path, "--count", "1") as process, connected(path, 201) as clients:
         wait_for_waiters(path, 200)
         wait_until(lambda: len(os.listdir(f"/proc/{process.pid}/task")) == 203, "observers gone")
+
+        def asleep() -> bool:
+            count = wakeups(process)
+            return silent(clients[-1], 0.2) and wakeups(process) == count
+
+        wait_until(asleep, "the end of the beginnings of 200 threads")
         before = wakeups(process)
         assert silent(clients[-1], 0.7)
         assert wakeups(process) == before
@@ -2103,6 +2109,7 @@ def test_a_name_that_comes_before_the_end_of_the_timeout_is_taken(path: str) -> 
 def test_those_ahead_are_counted_when_they_are_threads_of_this_process_too(path: str) -> None:
     with served(path, "--count", "1"), clients(path, 3):
         waiters(path, 2)
+        wait_until(lambda: observe(path)["waiting"][1]["seconds"] > 1, "two that waited for longer")
         with pytest.raises(pgmanager.AcquireTimeout, match=r"waited at .*, 2 ahead"):
             pgmanager.acquire(0.2, socket_path=path)
 
