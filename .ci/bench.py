@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Measure pgmanager, as one table: ``make bench``.
+"""Measure pgmanager, as one table: ``make bench``, or with ARGS='free_pool ephemeral' a part of it.
 
 Machines differ and are noisy, so what counts is a ratio: two things measured in turns within one
 run, the median of the turns. A row's target is a promise of the project; a missed one is shown
 and not an error, because no other program on the machine has promised anything.
 
-With PEER='command that serves on {socket}' in the environment, the same clients also measure that
+With BEFORE=/path/to/an/older/pgmanager.py in the environment, what is measured of ours is measured
+of that file too. With PEER='command that serves on {socket}', the same clients also measure that
 server of the same protocol. It should serve 4 names, as ours does then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
+import select
+import shlex
 import shutil
 import signal
 import socket
@@ -21,21 +25,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pgmanager
 
-PGMANAGER = [sys.executable, "-m", "pgmanager"]
 NAMES = 4
 CLIENTS = 16
 HOLD = 0.005
+FAIR, FAIR_WAIT = "hold x clients / names", HOLD * CLIENTS / NAMES
+
+OURS, BEFORE, PEER, BARE = "ours", "BEFORE", "PEER", "bare accept and send"
+# How each is started. Ours as pip's script starts it: with the byte code cached.
+COMMANDS: dict[str, list[str]] = {}
+STARTER = "import sys; import pgmanager; sys.exit(pgmanager.main())"
 
 # The least that can be done to be granted a name: against it our own part is measured.
-BARE = """
+BARE_SERVER = """
 import socket, sys
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
@@ -68,77 +76,138 @@ while (asked := time.monotonic()) < end:
         os.write(fifo, name)
     else:
         connection.close()
-    notes.append(f"{name.decode()} {asked} {got} {left}")
-print("\\n".join(notes))
+    notes.append(f"{name.decode()} {asked} {got} {left}\\n")
+sys.stdout.writelines(notes)
 """
+
+# Many clients in one process, to be killed with it.
+VICTIMS = """
+import socket, sys, time
+clients = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
+for client in clients:
+    client.connect(sys.argv[1])
+print(flush=True)
+time.sleep(1000)
+"""
+
+Key = TypeVar("Key", bound=Hashable)
+Unit = tuple[float, int, str]  # what seconds, say, are multiplied by; digits after the point; name
+MICRO: Unit = (1e6, 0, "us")
+MILLI: Unit = (1e3, 1, "ms")
+ONE: Unit = (1, 0, "")
 
 
 # ---------------------------------------------------------------------------------- The table
 
 
-def row(figure: str, measured: str = "", ratio: str = "", target: str = "", met: str = "") -> None:
-    print(f"{figure:<50} {measured:>20} {ratio:>8} {target:>10}  {met}".rstrip(), flush=True)
+def row(
+    figure: str,
+    measured: str,
+    value: float | None = None,
+    unit: str = "x",
+    most: float | None = None,
+) -> None:
+    """Print a row, with its target if it has one."""
+    amount = "" if value is None else f"{value:.2f}{unit}"
+    target = met = ""
+    if value is not None and most is not None:
+        target, met = f"<= {most:g}{unit}", "met" if value <= most else "MISSED"
+    print(f"{figure:<56} {measured:>20} {amount:>8} {target:>10}  {met}".rstrip(), flush=True)
 
 
-def limited(figure: str, measured: str, value: float, most: float, unit: str = "x") -> None:
-    """Print a row whose ratio or amount has an upper limit."""
-    met = "met" if value <= most else "MISSED"
-    row(figure, measured, f"{value:.2f}{unit}", f"<= {most:g}{unit}", met)
+def compare(
+    figure: str, values: Mapping[str, Sequence[float]], unit: Unit, most: float | None = None
+) -> None:
+    """Print ours against each of the others; the target is for the first of them."""
+    scale, digits, name = unit
+    ours = values[OURS]
+    if len(values) == 1:
+        row(figure, f"{statistics.median(ours) * scale:.{digits}f} {name}")
+    for label, others in values.items():
+        if label != OURS:
+            medians = [statistics.median(column) * scale for column in (ours, others)]
+            measured = " : ".join(f"{median:.{digits}f}" for median in medians)
+            # Of the ratios within each turn, for then both met the same noise.
+            ratio = statistics.median(a / b if b else 1 for a, b in zip(ours, others))
+            row(f"{figure} : {label}", f"{measured} {name}", ratio, most=most)
+            most = None
 
 
-def times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
-
-
-def micro(*seconds: float) -> str:
-    return " : ".join(f"{value * 1e6:.0f}" for value in seconds) + " us"
-
-
-def milli(*seconds: float) -> str:
-    return " : ".join(f"{value * 1e3:.1f}" for value in seconds) + " ms"
-
-
-def in_turns(turns: int, *measures: Callable[[], float]) -> list[list[float]]:
+def in_turns(turns: int, measures: Mapping[Key, Callable[[], float]]) -> dict[Key, list[float]]:
     """Return each measure's values, taken in turns so that all meet the same noise."""
-    values = [[measure() for measure in measures] for _ in range(turns)]
-    return [list(column) for column in zip(*values)]
-
-
-def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median over the turns of the ratio within each turn."""
-    return statistics.median(value / other for value, other in zip(values, others))
+    values: dict[Key, list[float]] = {key: [] for key in measures}
+    for _ in range(turns):
+        for key, measure in measures.items():
+            values[key].append(measure())
+    return values
 
 
 # -------------------------------------------------------------------- Servers and their clients
 
 
-@contextlib.contextmanager
-def serving(command: Sequence[str] | str, path: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends; blocks until it grants."""
-    # A group of its own, so that what a shell command starts ends with it.
-    process = subprocess.Popen(
-        command, shell=isinstance(command, str), stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                connect(path).close()
-                break
-            time.sleep(0.01)
+class Server:
+    """What serves at a path, started as one of COMMANDS, until the stack ends."""
+
+    numbers = itertools.count()
+
+    def __init__(
+        self, stack: contextlib.ExitStack, count: int, label: str = OURS, *options: str
+    ) -> None:
+        number = next(self.numbers)
+        self.path = os.path.abspath(f"{number}.sock")
+        if label in (OURS, BEFORE):
+            # A prefix for each: they are up at once.
+            words = ["serve", "-s", self.path, "--count", str(count), "--prefix", f"b{number}_"]
         else:
-            sys.exit(f"bench: server did not start: {command}")
-        yield process
-    finally:
+            words = [self.path]
+        # A group of its own, so that what a shell command starts ends with it.
+        self.process = subprocess.Popen(
+            [*COMMANDS[label], *words, *options], stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self.pid = self.process.pid
+        stack.callback(self._end)
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                connect(self.path).close()
+                return
+            if self.process.poll() is not None:
+                sys.exit(f"bench: server did not start: {self.process.args!r}")
+            time.sleep(0.01)
+
+    def _end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+            os.killpg(self.pid, signal.SIGTERM)
+        self.process.wait()
+
+    def processor(self) -> float:
+        """Return the processor time spent until now, in seconds."""
+        if sys.platform == "linux":  # clock_getcpuclockid(3): finer than the ticks of ps
+            return time.clock_gettime(~self.pid << 3 | 2)
+        spent = subprocess.check_output(["ps", "-o", "time=", "-p", str(self.pid)], text=True)
+        minutes, _, seconds = spent.rpartition(":")
+        return int(minutes or 0) * 60 + float(seconds)
+
+    def memory(self) -> int:
+        """Return the resident memory, in bytes."""
+        resident = subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.pid)])
+        return int(resident) * 1024
+
+    def settle(self) -> None:
+        """Wait until it has done what it had to do."""
+        before, now = -1.0, self.processor()
+        while now > before + 0.001:
+            time.sleep(0.3)
+            before, now = now, self.processor()
 
 
-def serve(path: str, count: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    # A claim is on a prefix, and several servers are up at once.
-    prefix = f"{os.path.basename(path)}_"
-    words = ["serve", "-s", path, "--prefix", prefix, "--count", str(count)]
-    return serving([*PGMANAGER, *words], path)
+def versions() -> list[str]:
+    return [label for label in (OURS, BEFORE) if label in COMMANDS]
+
+
+def servers(stack: contextlib.ExitStack, *more: str) -> dict[str, Server]:
+    """Start each that there is, with NAMES names."""
+    labels = [OURS, *more, BEFORE, PEER]
+    return {label: Server(stack, NAMES, label) for label in labels if label in COMMANDS}
 
 
 def connect(path: str, *, granted: bool = True) -> socket.socket:
@@ -169,6 +238,13 @@ def latency(path: str, repeat: int = 30, pause: float = 0.001) -> float:
     return statistics.median(spent)
 
 
+def rate(path: str, repeat: int = 1000) -> float:
+    """Return how many leases a second one client takes, one after the other."""
+    begin = time.perf_counter()
+    latency(path, repeat, pause=0)
+    return repeat / (time.perf_counter() - begin)
+
+
 def hand_off(clients: list[socket.socket], path: str, repeat: int = 5) -> float:
     """Return the median time from the end of a lease to the grant of the next.
 
@@ -186,306 +262,334 @@ def hand_off(clients: list[socket.socket], path: str, repeat: int = 5) -> float:
     return statistics.median(spent)
 
 
-def crowd(path: str, seconds: float = 2.0) -> tuple[float, float]:
-    """Return the part of the time in which the names were in use, and the longest wait.
+def crowd(*paths: str, seconds: float = 2.0) -> tuple[float, float, list[int]]:
+    """Return the part of the time in which the names were in use, the longest wait, and how many
+    leases each path gave.
 
     Many client processes share few names, each of them holding one, again and again.
     """
     begin = time.monotonic() + 0.5  # until then all have started
     end = begin + seconds
-    words = [sys.executable, "-I", "-S", "-c", CLIENT, path, str(HOLD), str(begin), str(end)]
-    clients = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(CLIENTS)]
+    words = [sys.executable, "-I", "-S", "-c", CLIENT]
+    times = [str(HOLD), str(begin), str(end)]
+    clients = [
+        (path, subprocess.Popen([*words, path, *times], stdout=subprocess.PIPE, text=True))
+        for path in paths * (CLIENTS // len(paths))
+    ]
     uses: dict[str, list[tuple[float, float]]] = {}
-    longest = 0.0
-    for client in clients:
+    longest, leases = 0.0, dict.fromkeys(paths, 0)
+    for path, client in clients:
         for line in client.communicate()[0].splitlines():
             name, asked, got, left = line.split()
             uses.setdefault(name, []).append((float(got), float(left)))
+            leases[path] += 1
             if float(got) < end:  # after that, clients that exit take the processors
                 longest = max(longest, float(got) - float(asked))
     used = 0.0
-    for leases in uses.values():
-        leases.sort()
-        for (_, left_before), (got_next, _) in zip(leases, leases[1:]):
+    for spans in uses.values():
+        spans.sort()
+        for (_, left_before), (got_next, _) in zip(spans, spans[1:]):
             assert left_before < got_next, "two clients had one name at one time"
-        used += sum(min(left_, end) - min(got_, end) for got_, left_ in leases)
-    return used / (NAMES * seconds), longest
-
-
-def processor_and_memory(pid: int) -> tuple[float, int]:
-    """Return a process's processor time in seconds and its resident memory in bytes."""
-    if os.path.exists(f"/proc/{pid}/stat"):
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        ticks = int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * resource.getpagesize()
-    listing = ["ps", "-o", "time=,rss=", "-p", str(pid)]
-    spent, kilobytes = subprocess.check_output(listing, text=True).split()
-    minutes, _, seconds = spent.rpartition(":")
-    return int(minutes or 0) * 60 + float(seconds), int(kilobytes) * 1024
-
-
-def settled(pid: int) -> tuple[float, int]:
-    """Return the same once a process has done what it had to do."""
-    before, now = -1.0, processor_and_memory(pid)
-    while now[0] > before:
-        before = now[0]
-        time.sleep(0.5)
-        now = processor_and_memory(pid)
-    return now
+        used += sum(min(left_, end) - min(got_, end) for got_, left_ in spans)
+    return used / (NAMES * seconds), longest, list(leases.values())
 
 
 # --------------------------------------------------------------------------------- The figures
 
 
-def free_pool(folder: str, peer: str | None) -> None:
-    ours, bare, theirs = (f"{folder}/{name}" for name in ("ours", "bare", "theirs"))
+def free_pool() -> None:
+    """One client: what a name costs."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(serve(ours, NAMES))
-        stack.enter_context(serving([sys.executable, "-S", "-c", BARE, bare], bare))
-        paths = [ours, bare]
-        if peer:
-            stack.enter_context(serving(peer.format(socket=theirs), theirs))
-            paths.append(theirs)
+        up = servers(stack, BARE)
         # A millisecond after the lease before, as between tests; and at once, where the server
         # has the end of that lease on its hands as well, which the bare one does not.
         for figure, pause in (("connect to name, free pool", 0.001), ("  back to back", 0)):
-            values = in_turns(40, *(partial(latency, path, pause=pause) for path in paths))
-            medians = [statistics.median(column) for column in values]
-            ratio = median_ratio(values[0], values[1])
-            if pause:
-                limited(f"{figure} : bare accept and send", micro(*medians[:2]), ratio, 1.5)
-            else:
-                row(f"{figure} : bare", micro(*medians[:2]), times(ratio))
-            if peer:
-                ratio = median_ratio(values[0], values[2])
-                row("  the same : PEER", micro(medians[0], medians[2]), times(ratio))
+            measures = {key: partial(latency, up[key].path, pause=pause) for key in up}
+            compare(figure, in_turns(40, measures), MICRO, 1.5 if pause else None)
+        del up[BARE]
+        spent = {key: up[key].processor() for key in versions()}  # of PEER we know a shell only
+        rates = in_turns(20, {key: partial(rate, up[key].path) for key in up})
+        thousand = {key: [(up[key].processor() - spent[key]) / 20] for key in spent}
+        compare("one client in a loop: leases a second", rates, ONE)
+        compare("  the server's processor time for 1,000", thousand, MILLI)
 
 
-def full_pool(folder: str, peer: str | None) -> None:
-    ours, kernel, theirs = (f"{folder}/{name}" for name in ("ours", "kernel", "theirs"))
-    paths = [ours, kernel]
-    os.mkfifo(kernel)
-    names = os.open(kernel, os.O_RDWR)
+def full_pool() -> None:
+    """Many clients: what is lost between one's lease and the next one's."""
+    pipe = "a pipe for a pool"  # what this machine allows: only the kernel is between the clients
+    os.mkfifo("pipe")
+    names = os.open("pipe", os.O_RDWR)
     os.write(names, bytes(range(65, 65 + NAMES)))
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, names)
-        stack.enter_context(serve(ours, NAMES))
-        if peer:
-            stack.enter_context(serving(peer.format(socket=theirs), theirs))
-            paths.append(theirs)
-        turns = [[crowd(path) for path in paths] for _ in range(4)]
-    columns = list(zip(*turns))
-    use = [statistics.median(used for used, _ in column) for column in columns]
-    wait = [statistics.median(longest for _, longest in column) for column in columns]
-    fair = HOLD * CLIENTS / NAMES
-    figure = f"{CLIENTS} processes, {NAMES} names, {HOLD * 1e3:g} ms: names in use"
-    row(figure, f"{use[0]:.1%}", "", ">= 96%", "met" if use[0] >= 0.96 else "MISSED")
-    # What this machine allows just now: nothing stands between the clients but the kernel.
-    row(
-        "  names in use : a pipe for a pool", f"{use[0]:.1%} : {use[1]:.1%}", times(use[0] / use[1])
-    )
-    limited("  longest wait : hold x clients / names", milli(wait[0], fair), wait[0] / fair, 1.5)
-    row("  longest wait : a pipe for a pool", milli(*wait[:2]), times(wait[0] / wait[1]))
-    if peer:
-        row("  names in use : PEER", f"{use[0]:.1%} : {use[2]:.1%}", times(use[0] / use[2]))
-        row("  longest wait : PEER", milli(wait[0], wait[2]), times(wait[0] / wait[2]))
+        up = servers(stack)
+        paths = {OURS: up[OURS].path, pipe: "pipe", **{key: up[key].path for key in up}}
+        use: dict[str, list[float]] = {key: [] for key in paths}
+        wait: dict[str, list[float]] = {key: [] for key in paths}
+        spent: dict[str, list[float]] = {key: [] for key in versions()}
+        for _, (key, path) in itertools.product(range(4), paths.items()):
+            before = up[key].processor() if key in spent else 0
+            used, longest, (leases,) = crowd(path)
+            use[key].append(used)
+            wait[key].append(longest)
+            if key in spent:
+                spent[key].append((up[key].processor() - before) / leases * 1000)
+    figure = f"{CLIENTS} processes, {NAMES} names, {HOLD * 1e3:g} ms: "
+    row(f"{figure}names not in use", "", 100 - statistics.median(use[OURS]) * 100, " %", 4)
+    compare("  names in use", use, (100, 1, "%"))
+    compare("  longest wait", {OURS: wait[OURS], FAIR: [FAIR_WAIT] * 4, **wait}, MILLI, 1.5)
+    compare("  the server's processor time for 1,000", spent, MILLI)
 
 
-def long_queue(folder: str, waiters: int = 2000) -> None:
-    path = f"{folder}/queue"
-    with serve(path, 1) as server:
-        holder = connect(path)
-        before = processor_and_memory(server.pid)[1]
-        clients = [connect(path, granted=False) for _ in range(waiters)]
-        spent, memory = settled(server.pid)
-        time.sleep(3)
-        spent = processor_and_memory(server.pid)[0] - spent
-        holder.close()
-        served = 0
-        for client in clients:  # one name: if any other had it, this one would wait for ever
-            client.settimeout(10)
-            with contextlib.suppress(socket.timeout):
-                grant(client)
-                served += 1
-            client.close()
-    each = (memory - before) / waiters / 1000
-    in_order = f"{served} of {waiters}"
-    verdict = "met" if served == waiters else "MISSED"
-    row(f"{waiters} waiting at once: served in order", in_order, "", "all", verdict)
-    limited("  resident memory for each", "", each, 30, " KB")
-    limited("  processor, while all wait for 3 s", milli(spent), spent / 3 * 100, 0.1, " %")
-
-
-def growth(folder: str) -> None:
-    """How cost grows with the queue and with the pool."""
-    queues, pools = (1, 10, 100, 1000), (4, 64, 512)
+def two_servers() -> None:
+    """Half of the clients at each of two servers with the same names."""
     with contextlib.ExitStack() as stack:
-        measures: list[Callable[[], float]] = []
-        servers = []
-        for waiters in queues:
-            path = f"{folder}/q{waiters}"
-            servers.append(stack.enter_context(serve(path, 1)))
-            clients = [connect(path)]
-            clients += [connect(path, granted=False) for _ in range(waiters)]
-            measures.append(partial(hand_off, clients, path))
-        for names in pools:
-            path = f"{folder}/p{names}"
-            stack.enter_context(serve(path, names))
-            for _ in range(names - 1):
-                stack.enter_context(connect(path))
-            measures.append(partial(latency, path, 10))
-        for server in servers:
-            settled(server.pid)
-        values = in_turns(30, *measures)
-    for kind, sizes, columns in (
-        ("hand-off, {} waiting : {}", queues, values[: len(queues)]),
-        ("connect to name, the last of {} : of {}", pools, values[len(queues) :]),
+        up = [Server(stack, NAMES, OURS, "--prefix", "same_") for _ in range(2)]
+        turns = [crowd(*(server.path for server in up), seconds=4) for _ in range(3)]
+    use, wait, leases = zip(*turns)
+    first, second = (sum(column) for column in zip(*leases))
+    more = max(first, second) / min(first, second)
+    row("two servers, the same names: leases each", f"{first} : {second}", more, most=1.1)
+    compare("  longest wait", {OURS: wait, FAIR: [FAIR_WAIT] * 3}, MILLI, 4)
+    compare("  names in use", {OURS: use}, (100, 1, "%"))
+
+
+def long_queue(waiters: int = 2000) -> None:
+    """Waiting costs memory, and nothing else."""
+    memory: dict[str, list[float]] = {}
+    for label in versions():
+        with contextlib.ExitStack() as stack:
+            server = Server(stack, 1, label)
+            holder = connect(server.path)
+            before = server.memory()
+            clients = [connect(server.path, granted=False) for _ in range(waiters)]
+            server.settle()
+            memory[label] = [(server.memory() - before) / waiters]
+            spent = server.processor()
+            time.sleep(3)
+            spent = server.processor() - spent
+            holder.close()
+            served = 0
+            for client in clients:  # one name: if any other had it, this one would wait for ever
+                client.settimeout(10)
+                with contextlib.suppress(socket.timeout):
+                    grant(client)
+                    served += 1
+                client.close()
+        if label == OURS:
+            row(f"{waiters} waiting at once: not served in order", "", waiters - served, "", 0)
+            row("  processor, while all wait for 3 s", "", spent / 3 * 100, " %", 0.1)
+            row("  resident memory for each", "", memory[OURS][0] / 1000, " KB", 30)
+    compare("  resident memory", memory, (1e-3, 1, "KB"))
+
+
+def burst(waiters: int = 1000) -> None:
+    """As many names as waiters, and all are released at once: in which order are they answered?"""
+    early: dict[str, list[float]] = {}
+    for label in versions():
+        with contextlib.ExitStack() as stack:
+            server = Server(stack, waiters, label)
+            clients = [connect(server.path) for _ in range(waiters)]
+            queue = [connect(server.path, granted=False) for _ in range(waiters)]
+            server.settle()
+            # epoll(7) lists, each once, in the order in which they became readable.
+            watch = select.epoll()
+            places = {client.fileno(): place for place, client in enumerate(queue)}
+            for number in places:
+                watch.register(number, select.EPOLLIN | select.EPOLLET)
+            for client in clients:
+                client.close()
+            order: list[int] = []
+            while len(order) < waiters:
+                order += [places[number] for number, _ in watch.poll(10)]
+            latest = list(itertools.accumulate(order, max))
+            early[label] = [sum(place < before for place, before in zip(order, latest))]
+            for client in queue:
+                client.close()
+    row(f"{waiters} names for as many waiters: not in order", "", early[OURS][0], "", 0)
+    compare("  not in order", early, ONE)
+
+
+def mass_death(victims: int = 8000) -> None:
+    """Clients that die at one moment keep a newcomer waiting."""
+    victims = min(victims, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
+    delays: dict[str, list[float]] = {}
+    for label in versions():
+        delays[label] = []
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                server = Server(stack, NAMES, label)
+                words = [sys.executable, "-S", "-c", VICTIMS, server.path, str(victims)]
+                process = stack.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE))
+                assert process.stdout is not None
+                process.stdout.readline()
+                server.settle()
+                last = stack.enter_context(connect(server.path, granted=False))
+                process.kill()
+                begin = time.perf_counter()
+                grant(last)
+                delays[label].append(time.perf_counter() - begin)
+    figure = f"{victims} clients die at one moment: the next grant"
+    row(figure, "", statistics.median(delays[OURS]), " s", 2)
+    compare("  its delay", delays, MILLI)
+
+
+def growth() -> None:
+    """How cost grows with the queue and with the pool."""
+    for figure, sizes in (
+        ("hand-off, {} waiting", (1, 10, 100, 1000)),
+        ("connect to name, the last of {}", (4, 64, 512)),
     ):
-        for size, column in list(zip(sizes, columns))[1:]:
-            medians = micro(statistics.median(column), statistics.median(columns[0]))
-            row(kind.format(size, sizes[0]), medians, times(median_ratio(column, columns[0])))
+        measures: dict[tuple[str, int], Callable[[], float]] = {}
+        with contextlib.ExitStack() as stack:
+            for label, size in itertools.product(versions(), sizes):
+                server = Server(stack, size if sizes[0] > 1 else 1, label)
+                if sizes[0] > 1:
+                    for _ in range(size - 1):
+                        stack.enter_context(connect(server.path))
+                    measures[label, size] = partial(latency, server.path, 10)
+                else:
+                    clients = [connect(server.path)]
+                    clients += [connect(server.path, granted=False) for _ in range(size)]
+                    measures[label, size] = partial(hand_off, clients, server.path)
+                server.settle()
+            values = in_turns(30, measures)
+        for size in sizes:
+            columns = {label: values[label, size] for label in versions()}
+            if size != sizes[0]:
+                columns = {OURS: columns[OURS], f"of {sizes[0]}": values[OURS, sizes[0]], **columns}
+            compare(figure.format(size), columns, MICRO)
 
 
-def whole_process(folder: str) -> None:
-    path = f"{folder}/exec"
-
-    def run(*words: str) -> float:
-        begin = time.perf_counter()
-        subprocess.run(words, check=True)
-        return time.perf_counter() - begin
-
-    with serve(path, NAMES):
-        os.environ["PGM_SOCKET"] = path
-        ours, python = in_turns(
-            40, lambda: run(*PGMANAGER, "exec", "--", "true"), lambda: run(sys.executable, "-c", "")
-        )
-        del os.environ["PGM_SOCKET"]
-    medians = milli(statistics.median(ours), statistics.median(python))
-    limited("exec -- true : python -c pass", medians, median_ratio(ours, python), 3)
+def run(*words: str, **options: Any) -> float:
+    """Run a command; return how long it takes."""
+    begin = time.perf_counter()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, **options)
+    return time.perf_counter() - begin
 
 
-def ephemeral(folder: str) -> None:
-    try:
-        programs, user = pgmanager._find_programs(), pgmanager._unprivileged_user()
+def whole_process() -> None:
+    with contextlib.ExitStack() as stack:
+        measures = {OURS: partial(run), "python -c pass": partial(run, sys.executable, "-c", "")}
+        for label in versions():
+            env = {**os.environ, "PGM_SOCKET": Server(stack, NAMES, label).path}
+            measures[label] = partial(run, *COMMANDS[label], "exec", "--", "true", env=env)
+        compare("exec -- true", in_turns(40, measures), MILLI, 3)
+
+
+def ephemeral() -> None:
+    """A throw-away PostgreSQL, against initdb on the same file system, which matters most here."""
+    programs, user = pgmanager._find_programs(), pgmanager._unprivileged_user()
+    with tempfile.TemporaryDirectory(prefix="pgm-bench-") as place:
         if user:
-            programs = pgmanager._within_reach(programs, folder, user)
-    except pgmanager.PostgresError as error:
-        row("wrap --ephemeral -- true - initdb", str(error))
-        return
-    # On the file system that --ephemeral uses: it matters more than anything else here.
-    place = tempfile.mkdtemp(prefix="pgm-bench-")
-    if user:
-        os.chown(place, user["user"], user["group"])
-        os.chmod(folder, 0o755)
-    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "check": True}
+            os.chown(place, user["user"], user["group"])
+            programs = pgmanager._within_reach(programs, place)
 
-    def initdb() -> float:
-        cluster = os.path.join(place, "data")
-        switches = ["-U", "postgres", "-A", "trust", "-N", "-E", "UTF8", "--locale=C"]
-        begin = time.perf_counter()
-        program = os.path.join(programs, "initdb")
-        subprocess.run([program, "-D", cluster, *switches], cwd=place, **options, **user)
-        spent = time.perf_counter() - begin
-        shutil.rmtree(cluster)
-        return spent
+        def initdb() -> float:
+            spent = run(f"{programs}/initdb", *pgmanager.INITDB.split(), cwd=place, **user)
+            shutil.rmtree(f"{place}/data")
+            return spent
 
-    def wrap() -> float:
-        words = ["wrap", "-s", f"{folder}/wrap", "--prefix", "bench_", "--count", str(NAMES)]
-        begin = time.perf_counter()
-        subprocess.run([*PGMANAGER, *words, "--ephemeral", "--", "true"], **options)
-        return time.perf_counter() - begin
-
-    try:
-        ours, theirs = in_turns(7, wrap, initdb)
-    finally:
-        shutil.rmtree(place)
-    medians = milli(statistics.median(ours), statistics.median(theirs))
-    more = statistics.median(our - their for our, their in zip(ours, theirs))
-    limited("wrap --ephemeral -- true - initdb alone", medians, more, 0.5, " s")
+        words = ["wrap", "--ephemeral", "--prefix", "bench_", "--count", "4", "--", "true"]
+        measures = {OURS: initdb, "initdb alone": initdb}
+        for label in versions():
+            measures[label] = partial(run, *COMMANDS[label], *words, stderr=subprocess.DEVNULL)
+            measures[label]()  # initdb's work is kept from the first time on
+        values = in_turns(9, measures)
+    compare("wrap --ephemeral --count 4 -- true", values, MILLI, 0.6)
 
 
-PRISTINE = 'dropdb --if-exists --force "$PGDATABASE" && createdb "$PGDATABASE"'
+PRISTINE = 'dropdb --if-exists --force "$PGDATABASE" && createdb -T template1 "$PGDATABASE"'
+FIFTY_TABLES = """
+do $$ begin for n in 1..50 loop
+    execute format('create table t%s (id serial primary key, word text unique)', n);
+end loop; end $$
+"""
 
 
-def with_postgres(folder: str) -> None:
-    """Print the rows that need databases: this program once more, under wrap --ephemeral."""
-    try:
-        programs = pgmanager._find_programs()
-    except pgmanager.PostgresError:
-        return
-    words = ["wrap", "-s", f"{folder}/pg", "--ephemeral", "--prefix", "bench_", "--count", "8"]
-    command = [*PGMANAGER, *words, "--prepare", PRISTINE, "--", sys.executable, __file__, INSIDE]
-    subprocess.run(command, env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
+def databases() -> None:
+    """Work on a real PostgreSQL: this program once more, under wrap --ephemeral --template."""
+    init = f"psql -Xqv ON_ERROR_STOP=1 -c {shlex.quote(FIFTY_TABLES)}"
+    words = ["wrap", "--ephemeral", "--init", init, "--template", "template1"]
+    command = [*COMMANDS[OURS], *words, "--count", "1", "--", sys.executable, __file__, INSIDE]
+    subprocess.run(command, check=True)
 
 
 INSIDE = "inside"
 
 
 def inside() -> None:
-    """Measure with the pool of --prepare around us: 8 names, of which we want 4 at a time."""
-    path = os.environ["PGM_SOCKET"]
-    prepared = time.perf_counter()
-    while {row["state"] for row in (pgmanager._observe(path) or {})["databases"]} != {"free"}:
-        time.sleep(0.05)  # the first preparations are not what is measured
-    prepared = (time.perf_counter() - prepared) / 8 * (os.cpu_count() or 1)
-    waits: list[float] = []
+    # The programs of the server's own folder: Debian's on PATH are slower, in Perl.
+    os.environ["PATH"] = f"{pgmanager._find_programs()}:{os.environ['PATH']}"
+    with contextlib.ExitStack() as stack:
+        paths = {OURS: os.environ["PGM_SOCKET"]}
+        paths["dropdb && createdb"] = Server(stack, 1, OURS, "--prepare", PRISTINE).path
+        holders = {key: connect(path) for key, path in paths.items()}
 
-    def tests() -> None:
-        for _ in range(8):
+        def renew(key: str) -> float:
             begin = time.perf_counter()
-            with pgmanager.acquire():
-                waits.append(time.perf_counter() - begin)
-                time.sleep(max(1, 4 * prepared))
+            holders[key].close()
+            holders[key] = connect(paths[key])
+            return time.perf_counter() - begin
 
-    clients = [threading.Thread(target=tests) for _ in range(4)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
-    waited = statistics.median(waits) * 1e3
-    limited("median wait for a pristine database, 8 names", "4 clients", waited, 1, " ms")
+        values = in_turns(15, {key: partial(renew, key) for key in paths})
+        compare("a fresh copy of 50 tables, --template", values, MILLI, 0.9)
 
-    def create(jobs: int) -> float:
-        each = [*PGMANAGER, "wrap-each", "--prefix", "each_", "--count", "16"]
-        begin = time.perf_counter()
-        subprocess.run([*each, "-j", str(jobs), "-x", "createdb"], check=True)
-        spent = time.perf_counter() - begin
-        subprocess.run([*each, "-x", "dropdb"], check=True)
+    def create(label: str, jobs: str) -> float:
+        each = [*COMMANDS[label], "wrap-each", "--prefix", "each_", "--count", "16"]
+        spent = run(*each, "-j", jobs, "-x", "createdb")
+        run(*each, "-x", "dropdb")
         return spent
 
-    four, one = in_turns(5, partial(create, 4), partial(create, 1))
-    medians = milli(statistics.median(four), statistics.median(one))
-    limited("16 createdb, wrap-each -j 4 : -j 1", medians, median_ratio(four, one), 0.7)
+    measures = {OURS: partial(create, OURS, "4"), "-j 1": partial(create, OURS, "1")}
+    measures.update((label, partial(create, label, "4")) for label in versions())
+    compare("16 createdb, wrap-each -j 4", in_turns(5, measures), MILLI, 0.7)
+
+
+GROUPS = (
+    *(free_pool, full_pool, two_servers, long_queue, burst, mass_death, growth),
+    *(whole_process, ephemeral, databases),
+)
+
+
+def find_commands() -> None:
+    """Fill COMMANDS; the copies of ours and of BEFORE are in the current folder."""
+    for label, source in ((OURS, pgmanager.__file__), (BEFORE, os.environ.get("BEFORE"))):
+        if source:
+            os.makedirs(label, exist_ok=True)
+            shutil.copy(source, f"{label}/pgmanager.py")
+            with open(f"{label}/__main__.py", "w") as file:
+                file.write(STARTER)
+            COMMANDS[label] = [sys.executable, os.path.abspath(label)]
+            subprocess.run([*COMMANDS[label], "--version"], stdout=subprocess.DEVNULL, check=True)
+    COMMANDS[BARE] = [sys.executable, "-S", "-c", BARE_SERVER]
+    if peer := os.environ.get("PEER"):
+        COMMANDS[PEER] = ["/bin/sh", "-c", peer.replace("{socket}", '"$0"')]
 
 
 def main() -> None:
-    # Started as a user starts it: with pgmanager's byte code cached, and no pool of somebody's.
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    groups = {group.__name__: group for group in GROUPS}
     if sys.argv[1:] == [INSIDE]:
-        return inside()
+        find_commands()
+        inside()
+        return
+    if not groups.keys() >= {*sys.argv[1:]}:
+        sys.exit(f"bench: unknown group: {' '.join(sys.argv[1:])}; there are {', '.join(groups)}")
+    # Started as a user starts it: with byte code cached, and no pool of somebody's.
     for name in list(os.environ):
-        if name.startswith(("PGM_", "PGMANAGER_")):
+        if name.startswith(("PGM_", "PGMANAGER_")) or name == "PYTHONDONTWRITEBYTECODE":
             del os.environ[name]
-    subprocess.run([*PGMANAGER, "--version"], stdout=subprocess.DEVNULL, check=True)
-    # Some thousand clients have their ends in this process.
-    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if least != resource.RLIM_INFINITY and least < 8192:
-        enough = 8192 if most == resource.RLIM_INFINITY else min(most, 8192)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
-    peer = os.environ.get("PEER")
-    folder = tempfile.mkdtemp(dir="/tmp", prefix="pgm-bench-")
-    try:
-        row("figure", "measured", "ratio", "target")
-        free_pool(folder, peer)
-        full_pool(folder, peer)
-        long_queue(folder)
-        whole_process(folder)
-        growth(folder)
-        ephemeral(folder)
-        with_postgres(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    if before := os.environ.get(BEFORE):
+        os.environ[BEFORE] = os.path.abspath(before)
+    # Some thousand clients have their ends in one process.
+    pgmanager._raise_limit()
+    # Where the names of sockets are short, and relative to which each group has its files.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="pgm-bench-") as folder:
+        os.chdir(folder)
+        find_commands()
+        print(f"{'figure':<56} {'measured':>20} {'ratio':>8} {'target':>10}")
+        for name in sys.argv[1:] or groups:
+            groups[name]()
 
 
 if __name__ == "__main__":
