@@ -1467,16 +1467,14 @@ class _Signals:
             if error.errno == errno.ENOEXEC:
                 return self.start(_for_shell(command), **options)
             raise CommandError(command[0], error) from error
-        # What came before the child was there is lost on it. From the terminal, it is so only while
-        # the child still has our handlers, where Python forks rather than vforks; sent again it
-        # may come twice there, which is better than never.
-        missed = set()
-        while _readable(self._reader, seconds=0):
-            missed.add(self.next())
         self._running.add(process)
+        # What came before the child was there is passed on now. What comes from the terminal has
+        # missed it only while it still had our handlers, where Python forks rather than vforks;
+        # sent again it may come twice there, which is better than never.
         forked = not LINUX or sys.version_info < (3, 10)
-        for number in missed & (self.PASSED_ON | (self.FROM_TERMINAL if forked else frozenset())):
-            os.kill(process.pid, number)
+        while _readable(self._reader, seconds=0):
+            if (number := self.next()) in self.FROM_TERMINAL and forked and _in_foreground():
+                os.kill(process.pid, number)
         return process
 
     def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
