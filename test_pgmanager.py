@@ -7,6 +7,7 @@ Sockets, signals, processes and PostgreSQL are real. Nothing sleeps to let somet
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import collections
@@ -15,6 +16,7 @@ import copy
 import fcntl
 import gc
 import glob
+import inspect
 import itertools
 import json
 import os
@@ -33,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -4209,3 +4212,398 @@ def test_where_another_has_taken_the_place_initdb_runs_every_time(
         pytest.skip("no mounts here")
     first, second = done.stdout.split()
     assert first != second
+
+
+# ----------------------------------------------------------------------------------- Recipes
+#
+# Every block of README in sh runs here, in the order and with the files of its section, and with
+# files that the section mentions and another one has. Exceptions, with their reason:
+
+NOT_RUN = {
+    "pip install ../pgmanager": "installs",
+    "pgmanager serve -s /tmp/pgmanager.sock": "serves for ever, at a path that may be somebody's",
+    "here=$(mktemp -d)\nssh ": "needs another machine",
+}
+README = Path(__file__).with_name("README.md").read_text()
+# A block, with the file's name if its first line is a comment that names one.
+BLOCK = re.compile(r"^```(\w+)\n(?:(?:#|//|--) (\S*\.\w+|Makefile)\n)?(.*?)^```$", re.M | re.S)
+SECTIONS = {
+    text.partition("\n")[0].lstrip("# "): text for text in re.split(r"^(?=##)", README, flags=re.M)
+}
+README_FILES = {name: text for _, name, text in BLOCK.findall(README) if name}
+
+# Whoever runs this has a database alone, and N of them have N at one time: each waits for the
+# others before it lets go, and PostgreSQL's advisory locks are apart for each database.
+WITNESS = """
+import os, pathlib, psycopg, sys, time
+
+place, name, together = pathlib.Path("seen"), os.environ["PGDATABASE"], int(sys.argv[1])
+with psycopg.connect(dbname=name, autocommit=True) as connection:
+    locked = "select pg_try_advisory_lock(1), current_database()"
+    assert connection.execute(locked).fetchone() == (True, name)
+    (place / f"{os.getppid()} {name}").touch(exist_ok=False)
+    deadline = time.monotonic() + 30
+    while len(list(place.iterdir())) % together:
+        assert time.monotonic() < deadline, "the others never came"
+        time.sleep(0.01)
+"""
+MISSING = re.compile(r"No module named '(?!pgmanager)\w+'|cannot run: '(node|cargo)': not found")
+
+
+@pytest.fixture
+def recipes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Provide a folder where ``pgmanager``, ``python`` and ``pytest`` are those under test."""
+    (folder / "bin").mkdir()
+    (folder / "seen").mkdir()
+    (folder / "witness.py").write_text(WITNESS)
+    (folder / "src").mkdir()
+    (folder / "src" / "lib.rs").touch()
+    package = '[package]\nname = "app"\nversion = "0.1.0"\nedition = "2021"\n'
+    (folder / "Cargo.toml").write_text(package)
+    python = shlex.quote(sys.executable)
+    scripts = {
+        "python": python,
+        "pytest": f"{python} -m pytest -p no:cacheprovider",
+        "pgmanager": f"{python} {shlex.quote(str(MODULE))}",
+    }
+    for name, script in scripts.items():
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {script} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
+    for name in [name for name in os.environ if name.startswith(("PYTEST_", "MAKE", "MFLAGS"))]:
+        monkeypatch.delenv(name)
+    return folder
+
+
+def follow(section: str, folder: Path) -> None:
+    """Write the files of a section, and run its commands."""
+    text = SECTIONS[section]
+    blocks = BLOCK.findall(text)
+    files = {name: code for name, code in README_FILES.items() if name in text}
+    if not any(name.startswith("test_") for name in files):
+        files["test_users.py"] = README_FILES["test_users.py"]
+    for name, code in {**files, **{name: code for _, name, code in blocks if name}}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(code)
+    for language, name, code in blocks:
+        if language != "sh" or name or any(code.startswith(start) for start in NOT_RUN):
+            continue
+        done = subprocess.run(
+            ["sh", "-ec", code],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE * 4,
+        )
+        if done.returncode and "CI" not in os.environ and (missing := MISSING.search(done.stdout)):
+            pytest.skip(missing[0])
+        assert done.returncode == 0, done.stdout
+    for name in ["in_python.py"] * ("in_python.py" in files):
+        subprocess.run(["python", name], cwd=folder, check=True)
+
+
+RUN = [
+    heading
+    for heading, text in SECTIONS.items()
+    if any(
+        language in ("sh", "python") and not any(code.startswith(start) for start in NOT_RUN)
+        for language, _, code in BLOCK.findall(text)
+    )
+]
+
+
+@needs_postgres
+@pytest.mark.parametrize("heading", RUN)
+def test_every_command_of_readme_works(
+    heading: str, recipes: Path, request: pytest.FixtureRequest
+) -> None:
+    if heading == "A server that is there":
+        request.getfixturevalue("postgres")
+    if "tests/*.sh" in SECTIONS[heading]:
+        (recipes / "tests").mkdir()
+        for number in range(4):
+            (recipes / "tests" / f"{number}.sh").write_text("exec python witness.py 4\n")
+    follow(heading, recipes)
+    if "tests/*.sh" in SECTIONS[heading]:
+        seen = [name.split()[1] for name in os.listdir(recipes / "seen")]
+        assert sorted(seen) == sorted(2 * [f"test_{n}" for n in range(4)])
+
+
+def test_all_of_readme_that_is_not_run_is_known() -> None:
+    blocks = [code for language, _, code in BLOCK.findall(README) if language == "sh"]
+    for start in NOT_RUN:
+        assert len([code for code in blocks if code.startswith(start)]) == 1, start
+    assert {language for language, _, _ in BLOCK.findall(README)} >= {"sh", "python"}
+    assert not re.search(r"^```(console|bash|shell|py)$", README, re.M)  # they would not be run
+
+
+# ----------------------------------------------------------------------------------- The storm
+#
+# Real servers, and clients that are processes; both die at random. By hand, for longer:
+#
+#     python test_pgmanager.py --seconds 600 [--mode servers|plain|prepare] [--seed N]
+#
+# The witness is a lock (flock(2)) on a file of the storm's own, for each database, taken once the
+# grant is read and never waited for: taken already means two holders. A holder lets go of it, then
+# of the lease. When it is killed the kernel does the same: a dying process's descriptors are
+# released the highest first (task_work_run(), Linux 4.4), and the witness has the highest.
+
+MODES = {  # what a mode has: servers, whether they are killed, whether they prepare
+    "servers": (3, True, False),
+    "plain": (1, False, False),
+    "prepare": (2, True, True),
+}
+
+
+def hold_witnessed(folder: str, name: str, server: str, seconds: str) -> None:
+    """Hold a lease for a while, and see that nobody else does. Also the text of a program."""
+    import fcntl
+    import os
+    import time
+
+    def fail(text: str) -> None:
+        with open(f"{folder}/failures", "a") as file:
+            file.write(f"{text}: {name}, of server {server}, process {os.getpid()}\n")
+
+    opened = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT)
+    witness = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 300)
+    os.close(opened)
+    try:
+        fcntl.flock(witness, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail("two holders")
+    prepares = os.path.exists(f"{folder}/prepares")
+    if prepares:
+        with open(f"{folder}/{name}.by", "r+") as file:
+            if (found := file.read()) != f"{server}\n":
+                fail(f"not as it was prepared but {found!r}")
+            file.seek(0)
+            file.write("dirty")
+    leases = os.open(f"{folder}/leases", os.O_WRONLY | os.O_APPEND)
+    os.write(leases, server.encode())
+    os.close(leases)
+    time.sleep(float(seconds))
+    if prepares:
+        with open(f"{folder}/{name}.by") as file:
+            if (found := file.read()) != "dirty":
+                fail(f"prepared while it was held, by {found!r}")
+    os.close(witness)
+
+
+HOLD = f"import sys\n{inspect.getsource(hold_witnessed)}\nhold_witnessed(*sys.argv[1:])"
+# Is nobody else at it meanwhile? Now and then it is long enough to outlive a server.
+PREPARES = """by="$STORM/$PGDATABASE.by"; echo "$SERVER" >"$by"; case $$ in *7) sleep 0.3;; esac
+test "$(cat "$by")" = "$SERVER" || echo "prepared by two: $PGDATABASE" >>"$STORM/failures\""""
+
+
+class Storm:
+    """Servers of the same names, their clients, and what became of them."""
+
+    CLIENTS = 12
+    NAMES = [f"db{shard}" for shard in range(4)]  # noqa: RUF012
+
+    def __init__(self, folder: Path, mode: str, seed: int) -> None:
+        self.folder, self.mode = folder, mode
+        number, self.kills, self.prepares = MODES[mode]
+        self.chance = random.Random(seed)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.servers: dict[int, subprocess.Popen[bytes]] = {}
+        self.clients: dict[int, float] = {}  # process: when to kill it
+        for name in ("failures", "leases", *["prepares"] * self.prepares):
+            (folder / name).touch()
+        self.env = {
+            **os.environ,
+            "STORM": str(folder),
+            "PGPORT": str(random.randrange(1024, 65536)),
+        }
+        for server in range(number):
+            self.start(server)
+
+    def path(self, server: int) -> str:
+        return str(self.folder / f"s{server}")
+
+    def start(self, server: int) -> None:
+        words = ["serve", "-s", self.path(server), "--prefix", "db", "--count", "4"]
+        words += ["--prepare", PREPARES] if self.prepares else []
+        with open(self.folder / f"log{server}", "w") as log:
+            env = {**self.env, "SERVER": str(server)}
+            self.servers[server] = subprocess.Popen([*PGMANAGER, *words], env=env, stderr=log)
+
+    def serves(self, server: int) -> bool:
+        said = (self.folder / f"log{server}").read_text()
+        assert self.servers[server].poll() is None, said
+        return "serving" in said
+
+    # A client: it runs in its process.
+
+    def live(self, chance: random.Random) -> None:
+        """Be one client after the other, for eight at most: a fork is dear."""
+        for _ in range(8):
+            server = chance.randrange(len(self.servers))
+            path, seconds = (
+                self.path(server),
+                str(chance.choice((0, 0.005, 0.05)) * chance.random()),
+            )
+            how = (str(self.folder), "NAME", str(server), seconds)
+            try:
+                if self.mode == "plain":
+                    self.be_plain(chance, path, how)
+                elif chance.random() < 0.1:
+                    wait = ("--timeout", str(DEADLINE), "--", sys.executable, "-I", "-S", "-c")
+                    hold = HOLD.replace("*sys.argv[1:]", "sys.argv[1], E, *sys.argv[3:]")
+                    hold = f"import os\nE = os.environ['PGDATABASE']\n{hold}"
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                    os.execv(PGMANAGER[0], [*PGMANAGER, "exec", "-s", path, *wait, hold, *how])
+                else:
+                    with pgmanager.acquire(DEADLINE, socket_path=path) as lease:
+                        hold_witnessed(how[0], lease, *how[2:])
+            except (pgmanager.ServerError, ConnectionError):
+                assert self.kills
+                time.sleep(0.05)  # it is being started
+
+    def be_plain(self, chance: random.Random, path: str, how: tuple[str, ...]) -> None:
+        kind = chance.choice(("holds",) * 6 + ("vanishes", "closes half", "does not read", "talks"))
+        with connect(path) as client:
+            if kind == "vanishes":
+                return
+            if kind == "closes half":
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(1024):  # a grant may have been quicker
+                    pass
+                return
+            if kind == "talks":
+                client.sendall(b"!" * chance.randrange(1, 200_000))
+            if kind == "does not read":
+                select.select([client], [], [], DEADLINE)
+                return
+            hold_witnessed(how[0], name_of(client), *how[2:])
+
+    # The driver.
+
+    def spawn(self) -> None:
+        self.counts["processes"] += 1
+        seed = self.chance.random()
+        if not (pid := os.fork()):
+            try:
+                self.live(random.Random(seed))
+                os._exit(0)
+            except BaseException:
+                with open(self.folder / "failures", "a") as file:
+                    traceback.print_exc(file=file)
+            finally:
+                os._exit(1)
+        doomed = self.chance.random() < 0.5
+        self.clients[pid] = time.monotonic() + self.chance.random() / 3 if doomed else float("inf")
+
+    def step(self) -> bool:
+        """Kill and bury clients; say whether none is left."""
+        for pid, due in list(self.clients.items()):
+            if time.monotonic() >= due:
+                os.kill(pid, signal.SIGKILL)
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                del self.clients[pid]
+                code = os.waitstatus_to_exitcode(status)
+                self.counts["killed"] += code == -signal.SIGKILL
+                self.counts["exec in vain"] += code == 125
+                assert code in (0, -signal.SIGKILL, *[125] * self.kills), code
+        failures = (self.folder / "failures").read_text()
+        assert not failures, failures
+        time.sleep(0.002)
+        return not self.clients
+
+    def kill_a_server(self) -> None:
+        server = self.chance.randrange(len(self.servers))
+        number = self.chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        if not self.serves(server):
+            return
+        self.servers[server].send_signal(number)
+        assert self.servers[server].wait(DEADLINE) == (0 if number == signal.SIGTERM else -number)
+        self.counts["server restarts"] += 1
+        self.start(server)
+
+    def rage(self, seconds: float) -> None:
+        """Let it all happen, for so many seconds; then prove that nothing was lost."""
+        for server in self.servers:
+            wait_until(lambda server=server: self.serves(server), "a server")  # type: ignore[misc]
+        end = time.monotonic() + seconds
+        due = time.monotonic()
+        while time.monotonic() < end:
+            if len(self.clients) < self.CLIENTS:
+                self.spawn()
+            if self.kills and time.monotonic() > due:
+                self.kill_a_server()
+                due = time.monotonic() + self.chance.uniform(0.1, 0.6)
+            self.step()
+        wait_until(self.step, "the end of all clients")
+        for server in self.servers:
+            wait_until(lambda server=server: self.serves(server), "a server")  # type: ignore[misc]
+            wait_for_free(self.path(server))
+            self.prove_order(self.path(server))
+        leases = (self.folder / "leases").read_text()
+        self.counts["leases"] = len(leases)
+        for server in self.servers:
+            self.counts[f"leases of server {server}"] = leases.count(str(server))
+            assert leases.count(str(server)), "a server without a lease"
+        for server, process in self.servers.items():
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+            assert not os.path.exists(self.path(server))
+        assert not os.path.exists(f"/tmp/pgmanager-{os.geteuid()}/{self.env['PGPORT']}")
+        self.step()
+
+    def prove_order(self, path: str) -> None:
+        """Connect clients for every name three times over: each is served in its turn."""
+        size = len(self.NAMES)
+        with connected(path, size * 3) as line:
+            having = {name_of(client): client for client in line[:size]}
+            assert sorted(having) == self.NAMES
+            for client in line[size:]:
+                name = self.chance.choice(self.NAMES)
+                having[name].close()
+                assert self.prepares or select.select([client], [], [], DEADLINE)[0]
+                assert name_of(client) == name
+                having[name] = client
+        wait_for_free(path)
+
+    def __enter__(self) -> Storm:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pid in self.clients:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for process in self.servers.values():
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--mode", choices=MODES, default="servers")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
+    options = parser.parse_args()
+    print(options, flush=True)
+    signal.alarm(int(options.seconds) + 5 * DEADLINE)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="pgm-") as folder:  # noqa: SIM117
+        with Storm(Path(folder), options.mode, options.seed) as storm:
+            try:
+                storm.rage(options.seconds)
+            finally:
+                print(*(f"{n:9} {what}" for what, n in sorted(storm.counts.items())), sep="\n")
+
+
+@linux
+@pytest.mark.parametrize("mode", MODES)
+def test_a_storm_of_dying_clients_and_servers_loses_no_name_and_gives_none_twice(mode: str) -> None:
+    words = [sys.executable, os.path.abspath(__file__), "--seconds", "4", "--mode", mode]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE * 4)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    main()
