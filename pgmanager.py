@@ -375,7 +375,8 @@ class Locks:
         with contextlib.suppress(OSError):
             self.sweep()
             os.rmdir(self._root)
-        self.let_go(self._folder)
+        folder, self._folder = self._folder, NO_LOCK  # a thread may still wait for a lock
+        self.let_go(folder)
 
     def _open(self, path: str) -> int:
         while True:
