@@ -366,7 +366,7 @@ class Locks:
             if place == SOCKETS or place.isdigit():
                 with contextlib.suppress(OSError):  # others sweep here too
                     for file in os.listdir(f"{self._root}/{place}"):
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(OSError, ValueError):  # in use; no mark of ours
                             _remove_unused(f"{self._root}/{place}/{file}")
                     os.rmdir(f"{self._root}/{place}")
 

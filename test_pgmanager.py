@@ -359,6 +359,18 @@ def test_what_is_given_wins_over_the_environment(folder: Path, monkeypatch: Patc
 TwoLocks = tuple[pgmanager.Locks, pgmanager.Locks]
 
 
+def test_a_file_of_somebody_elses_in_the_locks_folder_is_left_alone() -> None:
+    locks = pgmanager.Locks(os.environ["PGPORT"])
+    foreign = Path(locks.path("foreign"))
+    foreign.write_text("hello\n")
+    try:
+        locks.sweep()
+        assert foreign.read_text() == "hello\n"
+    finally:
+        foreign.unlink()
+        locks.close()
+
+
 @pytest.fixture
 def two_locks() -> Iterator[TwoLocks]:
     """Provide what two servers lock the same names with."""
