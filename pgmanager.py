@@ -320,11 +320,14 @@ class Locks:
     """
 
     def __init__(self, port: str) -> None:
-        self._root, self._port = _private_folder(), port
+        self._port = port
         self._mark = f"{os.getpid()} {os.urandom(8).hex()}".encode()
         self._folder = NO_LOCK
         _watch_forks()
-        self._make_folder(self.path(""))
+        while self._folder == NO_LOCK:
+            with contextlib.suppress(FileNotFoundError):  # another that ends removes it
+                self._root = _private_folder()
+                self._make_folder(self.path(""))
 
     def path(self, name: str) -> str:
         """Return the path of a name's file: ``fuser`` tells who keeps a lock on it."""
@@ -505,8 +508,9 @@ def _give_up() -> None:
     what has the same number later. Sockets are told by their address, the path that is served,
     because one that was just accepted is not recorded anywhere yet.
     """
-    null = os.open(os.devnull, os.O_RDWR)
     theirs = set(_held)
+    for lock in theirs:
+        os.close(lock)  # first, for the table may be full
     # A socket object would set the default on the descriptor, which is the parent's as well.
     default = socket.getdefaulttimeout()
     socket.setdefaulttimeout(None)
@@ -519,9 +523,11 @@ def _give_up() -> None:
             finally:
                 found.detach()
     socket.setdefaulttimeout(default)
-    for descriptor in theirs:
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in theirs - {null}:
         os.dup2(null, descriptor, inheritable=False)
-    os.close(null)
+    if null not in theirs:
+        os.close(null)
     _held.clear()
     _served.clear()
     _forking.release()
