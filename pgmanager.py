@@ -892,8 +892,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     self._accept()
                 else:
                     self._attend(key.data)
-            if starved:
+            if starved and (self._limit <= 0 or self._has_room()):
                 self._selector.register(self.socket, selectors.EVENT_READ)
+
+    def _has_room(self) -> bool:
+        """Say whether the next connection's number would leave enough above it."""
+        with contextlib.suppress(OSError), open(os.devnull) as lowest:
+            return lowest.fileno() < self._limit
+        return False
 
     def _accept(self) -> None:
         try:
