@@ -123,6 +123,10 @@ class PostgresError(Error, RuntimeError):
     """The throw-away PostgreSQL could not be found, started or initialised."""
 
 
+# What fork(2) and accept(2) fail with when the fault is not the command's or the client's.
+_SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
 class CommandError(Error):
     """A command could not be run at all; the exit statuses are the shell's own."""
 
@@ -134,7 +138,7 @@ class CommandError(Error):
             self.status, said = 127, "not found; check its spelling, and PATH"
             if " " in program:
                 said = "not found; if it is a line for the shell, put sh -c before it"
-        elif error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        elif error.errno in _SCARCE:
             said = f"{error.strerror}; try again with less load"
         else:
             self.status, said = 126, f"{error.strerror}; make it executable, or name another"
@@ -745,7 +749,6 @@ class Pool:
 
 SPARE_DESCRIPTORS = 24  # kept, beside one for each name's lock, for all else that a server does
 
-_SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
 _WASTE = bytearray(4096)  # what clients send lands here: nobody reads it
 
@@ -1045,7 +1048,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def held(self) -> list[str]:
         """Return the names that are leased to clients still there at this instant.
 
-        The kernel knows that a process is gone before the connection's thread has run.
+        The kernel knows that a process is gone before its end has been read.
         """
         leased = [row for row in self.pool.snapshot()[0] if row["holder"] is not None]
         return [row["name"] for row in leased if not _hung_up(row["holder"].request)]
@@ -1148,9 +1151,7 @@ class Lease(str):
             os.close(lock)  # first, so that the name is free when the server hears of it
         os.close(connection)
         if lost:
-            text = (
-                f"the pgmanager server went away while {self} was leased: it may have been shared"
-            )
+            text = f"the pgmanager server went away while {self} was leased: others may have had it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> Lease:
@@ -1615,16 +1616,21 @@ def _first_error(said: str) -> str:
 
 
 def _preparer(
-    template: str | None, prepare: str | None, env: Mapping[str, str], strategy: str = ""
+    template: str | None,
+    prepare: str | None,
+    env: Mapping[str, str],
+    psql: str | None = None,
+    strategy: str = "",
 ) -> _Preparer | None:
     """Return what makes databases ready, None if nothing is to. Raises UsageError."""
     if prepare is not None:
         return _Preparer(lambda name: prepare, env)
     if template is None:
         return None
-    psql = "psql"
-    with contextlib.suppress(PostgresError):
-        psql = f"{_find_programs()}/psql"  # on PATH, Debian's is a script in Perl, and slow
+    if psql is None:
+        psql = "psql"
+        with contextlib.suppress(PostgresError):
+            psql = f"{_find_programs()}/psql"  # on PATH, Debian's is a script in Perl, and slow
     return _Preparer(
         lambda name: _psql(
             psql,
@@ -1978,16 +1984,10 @@ def _serving(
                 stack.pop_all()
 
 
-# Bytes, for a connection's thread: it waits in recv(2). For the commands only, not for serving():
-# the size is the whole process's, and a default of 8 MB is mapped, and unmapped, for each client.
-SMALL_STACK = 256 * 1024
-
-
 def _serve(args: argparse.Namespace) -> int:
     names, path = _names(args.prefix, args.count), _socket_path(args.socket)
     preparer = _preparer(*_preparation(args.template, args.prepare), os.environ)
     signals = _Signals()
-    threading.stack_size(SMALL_STACK)
     with _serving("serve", names, preparer, path) as server:
         _say(_offer(server))
         while signals.ended_by is None:
@@ -2013,9 +2013,7 @@ def _wrap(args: argparse.Namespace) -> int:
 
     for option, given in (("--init", args.init), ("--server-options", args.server_options)):
         if given is not None and not args.ephemeral:
-            raise UsageError(
-                f"{option} without --ephemeral: it has no server; give both or neither"
-            )
+            raise UsageError(f"{option} without --ephemeral: no server to use it; give both")
     try:
         options = shlex.split(_setting(args.server_options, "PGM_SERVER_OPTIONS")[0] or "")
     except ValueError as error:
@@ -2026,7 +2024,6 @@ def _wrap(args: argparse.Namespace) -> int:
     _preparation(args.template, args.prepare)
     _names(args.prefix or "any", args.count)  # a pool of our own may not be needed, nor a prefix
     signals = _Signals()
-    threading.stack_size(SMALL_STACK)
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(_Postgres(options, signals)) if args.ephemeral else None
         path, server = _pool_of(args, postgres, stack)
@@ -2056,7 +2053,7 @@ def _pool_of(
     if postgres is not None:
         postgres.fill(args.init, () if template else names)
         path = path if args.socket is not None else f"{postgres.env['PGHOST']}/{own}"
-        preparer = _preparer(template, prepare, postgres.env, postgres.strategy)
+        preparer = _preparer(template, prepare, postgres.env, postgres.psql, postgres.strategy)
         return path, stack.enter_context(_serving("wrap", names, preparer, path, shared=False))
     preparer = _preparer(template, prepare, os.environ)
     try:
@@ -2193,12 +2190,7 @@ _OPTIONS = (
     ("--prepare", "CMD", _FILL, "in a shell, makes $PGDATABASE ready for a lease [PGM_PREPARE]"),
     ("--ephemeral", "", "wrap", "start a throw-away PostgreSQL; PREFIX is test_ by default then"),
     ("--init", "FILE|CMD", "wrap", "fill its template1 with an SQL file, or in a shell"),
-    (
-        "--server-options",
-        "OPTS",
-        "wrap",
-        "of its postgres: '-c work_mem=64MB' [PGM_SERVER_OPTIONS]",
-    ),
+    ("--server-options", "OPTS", "wrap", "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"),
     ("-i --ignore-exit-code", "", "wrap-each", "go on after a failure, and exit 0"),
     ("-x --xargs --xarg", "", "wrap-each", "append the database's name to COMMAND's arguments"),
     ("-j --jobs", "N", "wrap-each", "run N at a time [1]"),

@@ -1822,7 +1822,7 @@ def short_of_threads(path: str) -> Iterator[Process]:
     """Serve two names in a process that cannot have one thread more: no memory for its stack."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     resource.setrlimit(resource.RLIMIT_STACK, (128 << 20, hard))  # a new thread's, by default
-    code = "import pgmanager, sys; pgmanager.SMALL_STACK = 0; sys.exit(pgmanager.main())"
+    code = "import pgmanager, sys; sys.exit(pgmanager.main())"
     program = [sys.executable, "-c", code]
     try:
         with served(path, "--count", "2", program=program, cwd=MODULE.parent) as process:
