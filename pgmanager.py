@@ -799,6 +799,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         # Accepting pauses when a connection's number, which is the lowest that is free, leaves
         # too few above it: with no descriptor left for locks, waiters would wait for ever.
         self._reserve = len(names) + SPARE_DESCRIPTORS
+        if self._reserve + 2 > _most_descriptors():
+            raise UsageError(f"count too large: {len(names)} names; raise ulimit -Hn, or lower it")
         self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self._reserve
         self._said: set[str] = set()
         # These two belong to the thread in serve_forever: what it waits for, and what names it has
@@ -895,7 +897,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     self._accept()
                 else:
                     self._attend(key.data)
-            if starved and (self._limit <= 0 or self._has_room()):
+            if starved and self._has_room():
                 self._selector.register(self.socket, selectors.EVENT_READ)
 
     def _has_room(self) -> bool:
@@ -1002,16 +1004,17 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _grant(self, client: _Connection, name: str, lock: int) -> None:
         """Write a grant, which cannot block on a connection that was never written to."""
-        answer, rights = (self._answers[name],), []
-        if LINUX and lock != NO_LOCK:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
-        try:
-            client.request.sendmsg(answer, rights, socket.MSG_DONTWAIT | _NO_SIGNAL)
-        except OSError as error:
-            # Too many descriptors are on their way, unix(7): this client does without. Of any
-            # other error the connection's end tells, which its thread sees.
-            if error.errno == errno.ETOOMANYREFS:
-                client.request.sendmsg(answer, (), socket.MSG_DONTWAIT | _NO_SIGNAL)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
+        for ancillary in (rights, []) if LINUX and lock != NO_LOCK else ([],):
+            try:
+                flags = socket.MSG_DONTWAIT | _NO_SIGNAL
+                client.request.sendmsg((self._answers[name],), ancillary, flags)
+                return
+            except OSError as error:
+                # Too many descriptors are on their way, unix(7): this client does without. Of any
+                # other error the connection's end tells, too.
+                if error.errno != errno.ETOOMANYREFS:
+                    return
 
     def _refuse(self, client: _Connection, reason: str | None) -> None:
         """Turn a client away, with a reason if it may be told."""
@@ -1060,17 +1063,23 @@ class Server(socketserver.ThreadingUnixStreamServer):
             _say(text)
 
 
+def _most_descriptors() -> int:
+    """Return how far the limit on open files can be raised."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if LINUX:
+        return hard
+    # OPEN_MAX of macOS, which calls the hard limit infinite and then refuses it.
+    return max(limit, 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240))
+
+
 def _raise_limit() -> int:
     """Raise the limit on open files as far as it goes; return what it is then.
 
     Only once it is met: the command under wrap was started long before, with the limit as it was.
     """
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # OPEN_MAX of macOS, which calls the hard limit infinite and then refuses it.
-    most = hard if LINUX else 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)
-    if limit < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return max(limit, most)
+    most, hard = _most_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 def _peer_pid(connection: socket.socket) -> int | None:
@@ -1494,13 +1503,13 @@ class _Signals:
     def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         """Return the first process that ends; signals that come meanwhile are passed on to all.
 
-        One that stops itself stops us too, if there is a shell that notices and continues both.
+        One that stops itself stops us too, if we are a job of a shell, which continues both.
         """
         while True:
             for process in processes:
                 pid, status = os.waitpid(process.pid, os.WNOHANG | os.WUNTRACED)
                 if pid and os.WIFSTOPPED(status):
-                    if _in_foreground():
+                    if os.getpgrp() == os.getpid() and _in_foreground():
                         os.kill(os.getpid(), signal.SIGSTOP)
                 elif pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
@@ -1705,7 +1714,8 @@ SETTINGS = (
 # Its standard error is the folder, locked as long as it lives; what it starts has the log instead.
 # Of that only postgres keeps a copy, so that its end is seen there. A ``trap :`` would end
 # ``read``. Of two first starts at once, mv puts the second copy into the first. One that is told
-# to quit before it knows how to does not hear it, so it is told until it is gone.
+# to quit before it knows how to does not hear it, and one that is stopped neither, so it is told
+# until it is gone. What a killed watchdog has left of a copy goes where a new one is made.
 WATCHDOG = f"""
 trap '' HUP INT QUIT TERM
 umask 077
@@ -1715,6 +1725,7 @@ cd "$folder" || exit
 {{
     [ -d "$kept" ] && {{ cp -R "$kept" data || rm -rf data "$kept"; }}
     [ -d data ] || {{
+        [ "$kept" ] && for old in "$kept".*; do kill -0 "${{old##*.}}" || rm -rf "$old"; done
         "$programs/initdb" {INITDB} && [ "$kept" ] && cp -R data "$kept.$$" && mv "$kept.$$" "$kept"
         rm -rf "$kept.$$" "$kept/${{kept##*/}}.$$"
     }}
@@ -1722,7 +1733,7 @@ cd "$folder" || exit
 }} </dev/null 2>&1
 exec >/dev/null
 while read -r _; do :; done
-while kill -QUIT $!; do sleep 0.02; done
+while kill -QUIT $! && kill -CONT $!; do sleep 0.02; done
 cd /
 rm -rf "$folder"
 """
@@ -1873,6 +1884,7 @@ class _Postgres:
                         connection.connect(f"{folder}/.s.PGSQL.{PORT}")
                         if pid := _peer_pid(connection):
                             os.kill(pid, signal.SIGQUIT)
+                            os.kill(pid, signal.SIGCONT)
                     time.sleep(0.02)
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -1967,7 +1979,7 @@ def _serving(
     prepare = None if preparer is None else preparer.prepare
     owner = os.getpid()
     with contextlib.ExitStack() as stack:
-        locks = Locks(_server_of(os.environ)["PGPORT"])
+        locks = Locks(_server_of(os.environ)["PGPORT"] if shared else PORT)
         stack.callback(locks.close)
         locks.sweep()
         server = stack.enter_context(Server(path, names, locks, prepare, command, shared))
@@ -1986,8 +1998,9 @@ def _serving(
 
 def _serve(args: argparse.Namespace) -> int:
     names, path = _names(args.prefix, args.count), _socket_path(args.socket)
-    preparer = _preparer(*_preparation(args.template, args.prepare), os.environ)
+    preparation = _preparation(args.template, args.prepare)
     signals = _Signals()
+    preparer = _preparer(*preparation, os.environ)
     with _serving("serve", names, preparer, path) as server:
         _say(_offer(server))
         while signals.ended_by is None:
@@ -2022,7 +2035,9 @@ def _wrap(args: argparse.Namespace) -> int:
         args.prefix = os.environ.get("PGM_DATABASE_PREFIX", "test_")
     _socket_path(args.socket)
     _preparation(args.template, args.prepare)
-    _names(args.prefix or "any", args.count)  # a pool of our own may not be needed, nor a prefix
+    _names(
+        "any" if args.prefix is None else args.prefix, args.count
+    )  # a pool of our own may not be needed, nor a prefix
     signals = _Signals()
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(_Postgres(options, signals)) if args.ephemeral else None

@@ -1871,6 +1871,25 @@ def test_an_idle_server_with_two_hundred_waiters_does_not_wake(path: str) -> Non
         ended(process)
 
 
+@linux
+def test_a_count_that_no_limit_allows_is_refused(path: str) -> None:
+    words = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *PGMANAGER, "serve", "-s", path]
+    done = subprocess.run(
+        [*words, "--prefix", "db", "--count", "40"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "count too large: 40 names" in done.stderr
+
+
+def test_a_serve_that_prepares_does_not_mind_that_sigchld_is_ignored(path: str) -> None:
+    words = ["bash", "-c", "trap '' CHLD; exec \"$@\"", "bash", *PGMANAGER]
+    with served(path, "--count", "1", "--prepare", "true", program=words), connect(path) as client:
+        assert name_of(client) == "db0"
+
+
 MANY_CLIENTS = """
 import resource, socket, sys, time
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3192,6 +3211,14 @@ def test_a_command_that_stops_itself_gives_the_prompt_back_and_goes_on_with_fg(p
         assert "on" in rest
 
 
+def test_a_wrap_that_is_no_shells_own_job_goes_on_where_its_command_is_stopped(path: str) -> None:
+    """Nobody would notice, and continue it."""
+    line = "(sleep 0.3; kill -CONT $$) & kill -STOP $$; echo on"
+    wrap = shlex.join([*PGMANAGER, *running_once("wrap", path), "sh", "-c", line])
+    with in_terminal("sh", "-c", f"{wrap} 2>/dev/null; echo after $?") as (process, _):
+        assert process.communicate(timeout=DEADLINE)[0].split() == ["on", "after", "0"]
+
+
 def test_wrap_each_ends_at_ctrl_c_even_if_command_does_not_mind() -> None:
     words = ["wrap-each", "-i", "--prefix", "db", "--", *quick_python(HANDLING, "2", "1")]
     with in_terminal(*PGMANAGER, *words) as (process, type_in):
@@ -4096,6 +4123,24 @@ def test_the_next_start_removes_what_a_killed_watchdog_left(
 
 
 @needs_postgres
+def test_a_postgres_that_was_stopped_does_not_hold_up_the_end(
+    workplace: Callable[..., list[str]],
+) -> None:
+    stop = 'kill -STOP $(head -n 1 "$PGHOST/data/postmaster.pid")'
+    assert run(*workplace("--", "sh", "-c", stop)).returncode == 0
+
+
+@needs_postgres
+def test_a_port_that_cannot_be_is_no_matter_of_a_postgres_of_our_own_but_a_prefix_is(
+    workplace: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPORT", "5432,5433")
+    assert run(*workplace("--", "true")).returncode == 0
+    done = run(*workplace("--init", "echo started", "--", "true", prefix=""))
+    assert (done.returncode, done.stderr.count("\n"), "started" in done.stderr) == (2, 1, False)
+
+
+@needs_postgres
 def test_ctrl_c_does_not_take_postgres_from_a_command_that_handles_it(
     workplace: Callable[..., list[str]],
 ) -> None:
@@ -4185,6 +4230,20 @@ def test_what_initdb_makes_is_kept_and_made_anew_where_the_copy_does_not_start(
     assert second != first
     assert identifier() == second
     assert kept_clusters([first, second]) == [cluster]
+
+
+@needs_postgres
+def test_a_copy_that_was_never_finished_is_removed_where_one_is_made(
+    workplace: Callable[..., list[str]], own_cluster: tuple[list[str], list[str]]
+) -> None:
+    program, identifiers = own_cluster
+    words = [*program, *workplace("--", *IDENTIFIER)]
+    identifiers.append(subprocess.check_output(words, text=True).strip())
+    (cluster,) = kept_clusters(identifiers)
+    os.rename(cluster, f"{cluster}.{2**22 + 1}")  # no process has that number: proc(5), pid_max
+    identifiers.append(subprocess.check_output(words, text=True).strip())
+    assert kept_clusters(identifiers) == [cluster]
+    assert not glob.glob(f"{cluster}.*")
 
 
 @needs_postgres
