@@ -446,6 +446,8 @@ def _remove_unused(path: str) -> None:
     """Remove a lock's file if this process or a dead one was the last to have it; else OSError."""
     with open(path, "rb") as file:
         pid = int(file.read(64).partition(b" ")[0] or 0)
+        if not pid and time.time() - os.fstat(file.fileno()).st_mtime < 10:
+            return  # it is just being made, and marked next
         if pid not in (0, os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 0)
