@@ -65,20 +65,9 @@ if TYPE_CHECKING:
     import subprocess
     from typing import Any
 
-__all__ = [
-    "AcquireTimeout",
-    "Error",
-    "Lease",
-    "LockError",
-    "PoolBroken",
-    "PostgresError",
-    "ServerError",
-    "SocketError",
-    "UsageError",
-    "acquire",
-    "acquire_async",
-    "serving",
-]
+__all__ = ["Lease", "acquire", "acquire_async", "serving"]
+__all__ += ["AcquireTimeout", "Error", "LockError", "PoolBroken", "PostgresError"]
+__all__ += ["ServerError", "SocketError", "UsageError"]
 __version__ = "0.2.0"
 
 LINUX = sys.platform == "linux"
@@ -179,10 +168,7 @@ def _socket_path(given: str | None = None) -> str:
     path = DEFAULT_SOCKET if path is None else os.fspath(path)
     if not path or "\0" in path:
         raise UsageError(f"bad socket path: {path!r}{source}; give the path of a UNIX socket")
-    try:
-        path = os.path.abspath(path)
-    except FileNotFoundError:
-        raise UsageError(f"the current folder is gone: no place for {path}; cd to one") from None
+    path = os.path.abspath(path)
     size = len(os.fsencode(path))
     if size > MAX_PATH_BYTES:
         too_long = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
@@ -224,34 +210,6 @@ def _timeout(given: float | str | None = None) -> float | None:
     raise UsageError(f"bad timeout: {text!r}{source}; give seconds, from 0 to {MAX_TIMEOUT}")
 
 
-def _preparation(template: str | None, prepare: str | None) -> tuple[str | None, str | None]:
-    """Return the template and the prepare command, of which at most one is set; or UsageError."""
-    template, source = _setting(template, "PGM_TEMPLATE")
-    if template is not None and (not template or "\0" in template):
-        raise UsageError(f"bad template: {template!r}{source}; give the name of a database")
-    prepare, source = _setting(prepare, "PGM_PREPARE")
-    if prepare is not None and (not prepare.strip() or "\0" in prepare):
-        raise UsageError(f"bad prepare: {prepare!r}{source}; give a shell command")
-    if template and prepare:
-        raise UsageError("both template and prepare: each makes a database ready; give one of them")
-    return template, prepare
-
-
-def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return an environment in which PGDATABASE and DATABASE_URL, if set, name a database."""
-    from urllib.parse import quote, unquote
-
-    env = {**(os.environ if env is None else env), "PGDATABASE": name}
-    if "DATABASE_URL" in env:
-        url = _url_parts(env["DATABASE_URL"])
-        # A database among the options would win over the one in the path.
-        options = [o for o in url["query"].split("&") if unquote(o.partition("=")[0]) != "dbname"]
-        query = "?" + "&".join(options) if any(options) else ""
-        path = quote(os.fsencode(name), safe="")
-        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}{url['rest']}"
-    return env
-
-
 def _url_parts(url: str) -> dict[str, str]:
     """Take a PostgreSQL URL apart, or raise UsageError: without it, as there may be a password."""
     import re
@@ -269,10 +227,25 @@ def _url_parts(url: str) -> dict[str, str]:
     return parts.groupdict(default="")
 
 
-def _server_of(env: Mapping[str, str]) -> dict[str, str]:
-    """Return, in libpq's variables, where DATABASE_URL says that PostgreSQL is, and its port.
+def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment in which PGDATABASE and DATABASE_URL, if set, name a database."""
+    from urllib.parse import quote, unquote
 
-    Raises UsageError where that is not one number.
+    env = {**(os.environ if env is None else env), "PGDATABASE": name}
+    if "DATABASE_URL" in env:
+        url = _url_parts(env["DATABASE_URL"])
+        # A database among the options would win over the one in the path.
+        options = [o for o in url["query"].split("&") if unquote(o.partition("=")[0]) != "dbname"]
+        query = "?" + "&".join(options) if any(options) else ""
+        path = quote(os.fsencode(name), safe="")
+        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}{url['rest']}"
+    return env
+
+
+def _server_of(env: Mapping[str, str]) -> dict[str, str]:
+    """Return where DATABASE_URL says that PostgreSQL is, in libpq's variables; PGPORT always.
+
+    Raises UsageError where the port is not one number.
     """
     from urllib.parse import parse_qsl, unquote
 
@@ -287,31 +260,37 @@ def _server_of(env: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def _readable(*files: Any, seconds: float | None = None) -> list[int]:
+    """Return which files can be read, by number; blocks until any can, or for so many seconds."""
+    poller = select.poll()
+    for file in files:
+        poller.register(file, select.POLLIN)
+    return [number for number, _ in poller.poll(None if seconds is None else seconds * 1000)]
+
+
 def _say(text: str) -> None:
     """Print a line on stderr if there is one, and room in it: a message must never stop a server.
 
     Not through sys.stderr, which would keep what could not be written, and fail with it at exit.
     A pipe that takes anything takes PIPE_BUF bytes at once: 4,096 on Linux, pipe(7).
     """
-    poller = select.poll()
-    poller.register(2, select.POLLOUT)
-    if sys.stderr is not None and poller.poll(0):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None and select.select([], [2], [], 0)[1]:
             os.write(2, f"pgmanager: {text}\n".encode(errors="surrogateescape")[-4096:])
+
+
+_say_once = functools.cache(_say)  # what is scarce, but not again with every client
 
 
 # ------------------------------------------------------------------------------------- Locks
 
 NO_LOCK = -1  # in the place of a lock's descriptor
 SOCKETS = "sockets"  # the folder for the paths of sockets, beside those called after ports
-OBSERVER = "pgmanager-observer"  # how the address of an observer's own end begins
-_END_OR_CHOOSE = "end what serves there, or choose another"
 
-# Guards the two below, and that a lock is opened and recorded in one step: fork(2) waits for it.
+# Guards the set, and that a descriptor is opened and recorded in one step: fork(2) waits for it.
 # Nothing that blocks runs under it.
 _forking = threading.Lock()
-_held: set[int] = set()  # descriptors of locks
-_served: set[str] = set()  # paths of sockets
+_ours: set[int] = set()  # locks, sockets served on and their clients: not for a forked child
 
 
 class Locks:
@@ -320,24 +299,22 @@ class Locks:
     A lock is a descriptor, and is held as long as any copy of it is open, in whatever process. So
     we let go by closing ours; LOCK_UN would take it from all. Who has the lock of a file may
     remove it, so what was waited for may be a file no more, and is taken anew. In the file stands
-    the mark of the Locks object that had it last. The path of a socket is a name too.
+    the mark of the Locks object that had it last. The path of a socket is a name too. ``place`` is
+    a port of PostgreSQL's, or the folder of one that nobody else can mean.
     """
 
-    def __init__(self, port: str) -> None:
-        self._port = port
-        self._mark = f"{os.getpid()} {os.urandom(8).hex()}".encode()
-        self._folder = NO_LOCK
+    def __init__(self, place: str) -> None:
+        self._root, self._place = f"/tmp/pgmanager-{os.geteuid()}", place
+        self._mark = f"{os.getpid():10} {os.urandom(8).hex()}".encode()
+        self._folders: list[int] = []  # ours, locked; anew where it was removed
         _watch_forks()
-        while self._folder == NO_LOCK:
-            with contextlib.suppress(FileNotFoundError):  # another that ends removes it
-                self._root = _private_folder()
-                self._make_folder(self.path(""))
+        while not self._folders:
+            self._make_folder(self.path(""))
 
     def path(self, name: str) -> str:
         """Return the path of a name's file: ``fuser`` tells who keeps a lock on it."""
-        place = SOCKETS if name.startswith("/") else self._port
-        file = name.replace("%", "%25").replace("/", "%2F")
-        return f"{self._root}/{place}/{file}"
+        place = SOCKETS if name.startswith("/") else self._place
+        return os.path.join(self._root, place, name.replace("%", "%25").replace("/", "%2F"))
 
     def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
         """Return the lock of a name, and whether nobody else has had it since we last had.
@@ -349,11 +326,10 @@ class Locks:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(lock).st_nlink:
-                    ours = os.pread(lock, 64, 0) == self._mark
-                    if not ours:
-                        os.ftruncate(lock, 0)
+                    untouched = os.pread(lock, len(self._mark), 0) == self._mark
+                    if not untouched:
                         os.pwrite(lock, self._mark, 0)
-                    return lock, ours
+                    return lock, untouched
             except BaseException:
                 self.let_go(lock)
                 raise
@@ -361,11 +337,9 @@ class Locks:
 
     def let_go(self, lock: int, *, from_all: bool = False) -> None:
         """Close our copy of a lock; with ``from_all``, end it for who has inherited it as well."""
-        with _forking:
-            if from_all:
-                fcntl.flock(lock, fcntl.LOCK_UN)
-            _held.discard(lock)
-            os.close(lock)
+        if from_all:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        _close(lock)
 
     def sweep(self) -> None:
         """Remove what dead processes have left here and this one uses no more: files, sockets."""
@@ -382,51 +356,42 @@ class Locks:
         with contextlib.suppress(OSError):
             self.sweep()
             os.rmdir(self._root)
-        folder, self._folder = self._folder, NO_LOCK  # a thread may still wait for a lock
-        self.let_go(folder)
+        while self._folders:
+            _close(self._folders.pop())
 
     def _open(self, path: str) -> int:
         while True:
             try:
-                with _forking:
-                    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                    _held.add(lock)
-                return lock
+                return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             except FileNotFoundError:  # somebody has cleaned up
-                with contextlib.suppress(FileNotFoundError):
-                    self._make_folder(path)
+                self._make_folder(path)
 
     def _make_folder(self, path: str) -> None:
-        _private_folder()
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(os.path.dirname(path), 0o700)
-        with _forking:
-            folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-            _held.add(folder)
-        try:
-            # Shared, and only because systemd-tmpfiles(8) spares what is in a locked folder.
-            fcntl.flock(folder, fcntl.LOCK_SH)
-        except OSError as error:
-            self.let_go(folder)
-            said = f"{self._root}: {error.strerror}"
-            raise LockError(f"cannot lock: {said}; /tmp must be local") from error
-        with _forking:
-            before, self._folder = self._folder, folder
-        if before != NO_LOCK:
-            self.let_go(before)
+        """Make the folder of a name's file, if no other that ends removes it at once; lock ours."""
+        with contextlib.suppress(FileNotFoundError):
+            _private_folder()
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self._folders.append(_open(self._root, os.O_RDONLY | os.O_DIRECTORY))
+            try:
+                # Shared, and only because systemd-tmpfiles(8) spares what is in a locked folder.
+                fcntl.flock(self._folders[-1], fcntl.LOCK_SH)
+            except OSError as error:
+                said = f"{self._root}: {error.strerror}"
+                raise LockError(f"cannot lock: {said}; /tmp must be local") from error
 
 
-class NoLocks(Locks):
-    """In the place of Locks where nobody else can mean the names: in a PostgreSQL of our own."""
+def _open(path: str, flags: int) -> int:
+    """Open a file that is not for a forked child."""
+    with _forking:
+        descriptor = os.open(path, flags, 0o600)
+        _ours.add(descriptor)
+        return descriptor
 
-    def __init__(self) -> None:
-        pass
 
-    def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
-        return NO_LOCK, True
-
-    def let_go(self, lock: int, *, from_all: bool = False) -> None:
-        pass
+def _close(descriptor: int) -> None:
+    with _forking:
+        _ours.discard(descriptor)
+        os.close(descriptor)
 
 
 def _private_folder(uid: int | None = None) -> str:
@@ -445,7 +410,7 @@ def _private_folder(uid: int | None = None) -> str:
 def _remove_unused(path: str) -> None:
     """Remove a lock's file if this process or a dead one was the last to have it; else OSError."""
     with open(path, "rb") as file:
-        pid = int(file.read(64).partition(b" ")[0] or 0)
+        pid = int(file.read(10) or 0)
         if not pid and time.time() - os.fstat(file.fileno()).st_mtime < 10:
             return  # it is just being made, and marked next
         if pid not in (0, os.getpid()):
@@ -468,38 +433,19 @@ def _clear(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise SocketError(f"cannot serve: {path} is not a socket; remove it, or choose another")
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(BlockingIOError):
-            # As an observer, so that the pool of a live server is not touched; and not blocking,
-            # so that a full backlog is an answer too: somebody listens.
-            probe.setblocking(False)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # a full backlog is an answer too: somebody listens
             try:
-                with _observing(probe):
-                    probe.connect(path)
+                probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)
                 return
-        raise SocketError(f"socket is in use: {path}; {_END_OR_CHOOSE}")
+            except BlockingIOError:
+                pass
+        raise SocketError(f"socket is in use: {path}; end what serves there, or choose another")
 
 
-@contextlib.contextmanager
-def _observing(connection: socket.socket) -> Iterator[None]:
-    """Bind our end of a connection while it connects, so that the server knows an observer."""
-    name = f"{OBSERVER}-{os.urandom(8).hex()}"
-    # An abstract name is in no folder, unix(7): there is none to leave if we are killed. The other
-    # not where TMPDIR says: that may be too long, or gone.
-    connection.bind(f"\0{name}" if LINUX else f"/tmp/{name}")
-    try:
-        yield
-    finally:
-        if not LINUX:
-            os.unlink(f"/tmp/{name}")
-
-
-def _is_observer(address: str | bytes) -> bool:
-    return os.path.basename(os.fsdecode(address).lstrip("\0")).startswith(OBSERVER)
-
-
-@functools.lru_cache(maxsize=None)  # noqa: UP033
+@functools.cache
 def _watch_forks() -> None:
     """Have forked children give up what is their parent's; once, for hooks cannot be removed."""
     os.register_at_fork(
@@ -511,31 +457,16 @@ def _give_up() -> None:
     """In a forked child: keep no name, no listener and no client of the parent's.
 
     /dev/null takes the place of each, for objects in here still own the numbers, and would close
-    what has the same number later. Sockets are told by their address, the path that is served,
-    because one that was just accepted is not recorded anywhere yet.
+    what has the same number later.
     """
-    theirs = set(_held)
-    for lock in theirs:
-        os.close(lock)  # first, for the table may be full
-    # A socket object would set the default on the descriptor, which is the parent's as well.
-    default = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(None)
-    for number in map(int, os.listdir("/dev/fd") if _served else ()):
-        with contextlib.suppress(OSError):
-            found = socket.socket(fileno=number)
-            try:
-                if found.getsockname() in _served:
-                    theirs.add(number)
-            finally:
-                found.detach()
-    socket.setdefaulttimeout(default)
+    for descriptor in _ours:
+        os.close(descriptor)  # first, for the table may be full
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in theirs - {null}:
+    for descriptor in _ours - {null}:
         os.dup2(null, descriptor, inheritable=False)
-    if null not in theirs:
+    if null not in _ours:
         os.close(null)
-    _held.clear()
-    _served.clear()
+    _ours.clear()
     _forking.release()
 
 
@@ -599,8 +530,8 @@ class Pool:
         self._broken = 0
         self._hopeless: str | None = None  # why the last that broke is broken
         self._closed = False
-        self.totals: dict[str, float] = {"leases": 0, "peak": 0, "waited": 0}
-        self.totals.update(wait_seconds_total=0, wait_seconds_max=0)
+        totals = ("leases", "peak", "waited", "wait_seconds_total", "wait_seconds_max")
+        self.totals: dict[str, float] = dict.fromkeys(totals, 0)
 
     def start(self) -> list[str]:
         """Find the names that are elsewhere; return those to be tended before their first lease."""
@@ -749,6 +680,7 @@ class Pool:
 
 # ------------------------------------------------------------------------------------ Server
 
+OBSERVER = "pgmanager-observer"  # how the address of an observer's own end begins
 SPARE_DESCRIPTORS = 24  # kept, beside one for each name's lock, for all else that a server does
 
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
@@ -757,18 +689,8 @@ _WASTE = bytearray(4096)  # what clients send lands here: nobody reads it
 Prepare = Callable[[str, int], "str | None"]  # of a name, with its lock; returns why it failed
 
 
-class _Connection:
-    """A client of the server: its socket, and the process at the other end."""
-
-    __slots__ = ("pid", "request")
-
-    def __init__(self, request: socket.socket) -> None:
-        self.request = request
-        self.pid: int | None = None
-
-
 class Server(socketserver.ThreadingUnixStreamServer):
-    """A pool on a UNIX socket.
+    """A pool on a UNIX socket; the pool's clients are connections.
 
     The thread in ``serve_forever`` accepts clients, grants from a free pool, and passes names on
     when clients have ended; nothing of that blocks. What does has threads of its own: tending a
@@ -785,34 +707,31 @@ class Server(socketserver.ThreadingUnixStreamServer):
         locks: Locks,
         prepare: Prepare | None = None,
         command: str = "serving",
-        shared: bool = True,
     ) -> None:
         import json  # now: when an observer asks there may be no descriptor to read them with
         import shlex  # noqa: F401
 
         self.path, self.names, self.command = path, names, command
         self._locks, self._prepare, self._to_json = locks, prepare, json.dumps
-        self._name_locks = locks if shared else NoLocks()
-        prepares = prepare is not None
-        self.pool = Pool(names, self._name_locks, self._grant, self._refuse, prepares)
-        self._answers = {name: os.fsencode(f"OK:{name}") for name in names}
+        self.pool = Pool(names, locks, self._grant, self._refuse, prepare is not None)
         self._ended = threading.Event()
-        self._closed = False
         # Accepting pauses when a connection's number, which is the lowest that is free, leaves
         # too few above it: with no descriptor left for locks, waiters would wait for ever.
         self._reserve = len(names) + SPARE_DESCRIPTORS
-        if self._reserve + 2 > _most_descriptors():
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = soft - self._reserve
+        if hard < self._reserve + 2:
             raise UsageError(f"count too large: {len(names)} names; raise ulimit -Hn, or lower it")
-        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self._reserve
-        self._said: set[str] = set()
         # These two belong to the thread in serve_forever: what it waits for, and what names it has
         # to find threads for.
         self._selector = selectors.DefaultSelector()
         self._untended: list[str] = []
         self._path_lock = NO_LOCK
         self._made: list[str] = []  # folders for the socket, the innermost first
-        super().__init__(path, socketserver.BaseRequestHandler, bind_and_activate=False)
-        self.socket.setblocking(True)  # socket.setdefaulttimeout is not meant for us
+        with _forking:
+            super().__init__(path, socketserver.BaseRequestHandler, bind_and_activate=False)
+            _ours.add(self.fileno())
+        self.socket.setblocking(False)  # not as socket.setdefaulttimeout says
         try:
             self._take_path()
         except BaseException:
@@ -823,59 +742,42 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _take_path(self) -> None:
         folder = os.path.dirname(self.path)
+        # In one spelling of the many that links allow.
+        name = os.path.join(os.path.realpath(folder), os.path.basename(self.path))
         try:
-            # In one spelling of the many that links allow.
-            name = os.path.join(os.path.realpath(folder), os.path.basename(self.path))
-            for attempt in range(20):
-                try:
+            for _ in range(20):  # another's sweep may have it, for an instant
+                with contextlib.suppress(BlockingIOError):
                     self._path_lock, _ = self._locks.take(name)
                     break
-                except BlockingIOError:  # perhaps another's sweep, which has it for an instant
-                    if attempt == 19:
-                        raise
-                    time.sleep(0.01)
+                time.sleep(0.01)
+            else:
+                raise SocketError(f"socket is in use: {self.path}; choose another")
             while not os.path.lexists(folder):
                 self._made.append(folder)
                 folder = os.path.dirname(folder)
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             _clear(self.path)
+            with contextlib.suppress(OSError):  # not on macOS; nobody gets in before it listens
+                os.fchmod(self.fileno(), 0o600)
             self.server_bind()
+            os.chmod(self.path, 0o600)
             self.server_activate()
-        except BlockingIOError:
-            raise SocketError(f"socket is in use: {self.path}; {_END_OR_CHOOSE}") from None
+        except Error:
+            raise
         except OSError as error:
-            if isinstance(error, Error):
-                raise
             said = f"{self.path}: {error.strerror}"
             raise SocketError(f"cannot serve: {said}; choose another socket") from error
-        _served.add(self.path)
-
-    def server_bind(self) -> None:
-        """Bind the socket, for its user alone from the first instant."""
-        try:
-            os.fchmod(self.fileno(), 0o600)
-        except OSError:  # macOS. The umask is the whole process's: others' files are private too
-            before = os.umask(0o177)
-            try:
-                super().server_bind()
-            finally:
-                os.umask(before)
-        else:
-            super().server_bind()
 
     def server_close(self) -> None:
-        """Stop listening and disconnect everyone. Idempotent; ``serve_forever`` has returned."""
-        if self._closed:
-            return
-        self._closed = True
+        """Stop listening and disconnect everyone; ``serve_forever`` has returned."""
         self._ended.set()
         self.pool.close()
         for key in self._selector.get_map().values():
-            key.fileobj.close()  # type: ignore[union-attr]
+            if key.data:
+                _close(key.data.detach())
         self._selector.close()
-        super().server_close()
+        _close(self.socket.detach())
         if self._path_lock != NO_LOCK:
-            _served.discard(self.path)
             with contextlib.suppress(OSError):
                 _clear(self.path)
             for folder in self._made:
@@ -899,65 +801,58 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     self._accept()
                 else:
                     self._attend(key.data)
-            if starved and self._has_room():
-                self._selector.register(self.socket, selectors.EVENT_READ)
-
-    def _has_room(self) -> bool:
-        """Say whether the next connection's number would leave enough above it."""
-        with contextlib.suppress(OSError), open(os.devnull) as lowest:
-            return lowest.fileno() < self._limit
-        return False
+            if starved:
+                with contextlib.suppress(OSError), open(os.devnull) as next_one:
+                    if next_one.fileno() < self._limit:
+                        self._selector.register(self.socket, selectors.EVENT_READ)
 
     def _accept(self) -> None:
+        """Grant a name at once if one is free, or have the client wait; or answer an observer."""
         try:
-            request, address = self.socket.accept()
+            with _forking:
+                client, address = self.socket.accept()
+                _ours.add(client.fileno())
+        except BlockingIOError:  # it was gone before it was accepted
+            return
         except OSError as error:
             if error.errno in _SCARCE:
                 self._pause(error.strerror)
-            return  # else the client was gone before it was accepted
-        if request.gettimeout() is not None:
-            request.setblocking(True)
-        self.process_request(request, address)
-        if request.fileno() >= self._limit:
+            return
+        if os.path.basename(os.fsdecode(address or "").lstrip("\0")).startswith(OBSERVER):
+            if not self._start(self._report, client):
+                _close(client.detach())
+            return
+        self._untended += self.pool.acquire(client)
+        self._selector.register(client, selectors.EVENT_READ, client)
+        if client.fileno() >= self._limit:
             self._limit = _raise_limit() - self._reserve
-            if request.fileno() >= self._limit:
+            if client.fileno() >= self._limit:
                 self._pause("too few descriptors are left")
 
     def _pause(self, why: str | None) -> None:
         """Accept no more until something happens, such as the end of a client."""
-        self._say_once(f"no more clients for now: {why}; they wait; raise the limit (ulimit -n)")
+        _say_once(f"no more clients for now: {why}; they wait; raise the limit (ulimit -n)")
         self._selector.unregister(self.socket)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Grant a name at once if one is free, or have the client wait; or answer an observer."""
-        if client_address and _is_observer(client_address):
-            if not self._start(self._report, request):
-                request.close()
-            return
-        client = _Connection(request)
-        self._untended += self.pool.acquire(client)
-        client.pid = _peer_pid(request)
-        self._selector.register(request, selectors.EVENT_READ, client)
-
-    def _attend(self, client: _Connection) -> None:
+    def _attend(self, client: socket.socket) -> None:
         """Read what a client has sent; if it was its end, pass its name on.
 
         The end of file is the end, also from one that shut down its sending side only: through
         ssh's forwarding nothing else tells that a client was killed.
         """
         with contextlib.suppress(OSError):  # a reset
-            if client.request.recv_into(_WASTE):
+            if client.recv_into(_WASTE):
                 return
         self._untended += self.pool.release(client)
-        self._selector.unregister(client.request)
-        client.request.close()
+        self._selector.unregister(client)
+        _close(client.detach())
 
     def _start(self, task: Callable[[Any], None], subject: Any) -> bool:
         """Have a thread do what blocks; say whether one could be had."""
         try:
             threading.Thread(target=task, args=(subject,), daemon=True).start()
         except (RuntimeError, MemoryError) as error:
-            self._say_once(f"no thread: {error}; trying again, no name is lost")
+            _say_once(f"no thread: {error}; trying again, no name is lost")
             return False
         return True
 
@@ -977,12 +872,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         while not self._ended.is_set():
             try:
                 try:
-                    lock, untouched = self._name_locks.take(name)
+                    lock, untouched = self._locks.take(name)
                 except BlockingIOError:
                     self.pool.elsewhere(name)
-                    lock, untouched = self._name_locks.take(name, wait=True)
+                    lock, untouched = self._locks.take(name, wait=True)
             except OSError as error:  # no descriptor, a full disk
-                self._say_once(f"cannot lock {name} for now: {error}; it is tried again")
+                _say_once(f"cannot lock {name} for now: {error}; it is tried again")
                 self._ended.wait(1)
                 continue
             if self.pool.regain(name, lock, untouched):
@@ -990,27 +885,28 @@ class Server(socketserver.ThreadingUnixStreamServer):
             assert self._prepare is not None
             reason = self._prepare(name, lock)
             # What it has left running, and has inherited the lock, must not keep the name.
-            self._name_locks.let_go(lock, from_all=True)
+            self._locks.let_go(lock, from_all=True)
             if reason is None:
                 self.pool.prepared(name)
             else:
                 self._ended.wait(self.pool.fail(name, reason))
 
-    def _report(self, request: socket.socket) -> None:
-        """Send an observer the status; one that does not read it is left after ten seconds."""
-        with request, contextlib.suppress(OSError):
-            request.settimeout(10)
-            request.sendall(self._to_json(self.status()).encode(), _NO_SIGNAL)
+    def _report(self, observer: socket.socket) -> None:
+        """Send the status; an observer that does not read it is left after ten seconds."""
+        with contextlib.suppress(OSError):
+            observer.settimeout(10)
+            observer.sendall(self._to_json(self.status()).encode(), _NO_SIGNAL)
+        _close(observer.detach())
 
     # Called by the pool, under its lock.
 
-    def _grant(self, client: _Connection, name: str, lock: int) -> None:
+    def _grant(self, client: socket.socket, name: str, lock: int) -> None:
         """Write a grant, which cannot block on a connection that was never written to."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
-        for ancillary in (rights, []) if LINUX and lock != NO_LOCK else ([],):
+        for ancillary in (rights, []) if LINUX else ([],):
             try:
                 flags = socket.MSG_DONTWAIT | _NO_SIGNAL
-                client.request.sendmsg((self._answers[name],), ancillary, flags)
+                client.sendmsg((os.fsencode(f"OK:{name}"),), ancillary, flags)
                 return
             except OSError as error:
                 # Too many descriptors are on their way, unix(7): this client does without. Of any
@@ -1018,13 +914,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 if error.errno != errno.ETOOMANYREFS:
                     return
 
-    def _refuse(self, client: _Connection, reason: str | None) -> None:
+    def _refuse(self, client: socket.socket, reason: str | None) -> None:
         """Turn a client away, with a reason if it may be told."""
         with contextlib.suppress(OSError):
             if reason is not None:
                 answer = os.fsencode(f"EMPTY:{reason}")[:MAX_ANSWER_BYTES]
-                client.request.send(answer, socket.MSG_DONTWAIT | _NO_SIGNAL)
-            client.request.shutdown(socket.SHUT_RDWR)
+                client.send(answer, socket.MSG_DONTWAIT | _NO_SIGNAL)
+            client.shutdown(socket.SHUT_RDWR)
 
     # Any thread.
 
@@ -1034,7 +930,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         now = time.monotonic()
 
         def row(client: Any, since: float, **more: Any) -> dict[str, Any]:
-            pid = None if client is None else client.pid
+            pid = None if client is None else _peer_pid(client)
             process = None if pid is None else _command_line(pid)
             return {**more, "pid": pid, "process": process, "seconds": round(now - since, 3)}
 
@@ -1056,22 +952,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         The kernel knows that a process is gone before its end has been read.
         """
         leased = [row for row in self.pool.snapshot()[0] if row["holder"] is not None]
-        return [row["name"] for row in leased if not _hung_up(row["holder"].request)]
-
-    def _say_once(self, text: str) -> None:
-        """Say what is scarce, but not again with every client."""
-        if text not in self._said:
-            self._said.add(text)
-            _say(text)
-
-
-def _most_descriptors() -> int:
-    """Return how far the limit on open files can be raised."""
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if LINUX:
-        return hard
-    # OPEN_MAX of macOS, which calls the hard limit infinite and then refuses it.
-    return max(limit, 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240))
+        return [row["name"] for row in leased if not _readable(row["holder"], seconds=0)]
 
 
 def _raise_limit() -> int:
@@ -1079,7 +960,10 @@ def _raise_limit() -> int:
 
     Only once it is met: the command under wrap was started long before, with the limit as it was.
     """
-    most, hard = _most_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard
+    if not LINUX:  # OPEN_MAX of macOS, which calls the hard limit infinite and then refuses it
+        most = max(soft, 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240))
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
 
@@ -1118,16 +1002,6 @@ def _command_line(pid: int) -> str | None:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
-def _hung_up(connection: socket.socket | int) -> bool:
-    """Say whether the other end of a connection is closed, or ours is."""
-    poller = select.poll()
-    try:
-        poller.register(connection, 0)
-    except ValueError:
-        return True
-    return bool(poller.poll(0))
-
-
 # ------------------------------------------------------------------------------------ Client
 
 PATIENCE = 10  # seconds that exec and the pytest plugin wait before they say for what
@@ -1157,7 +1031,7 @@ class Lease(str):
         if held is None:
             return
         connection, lock = held
-        lost = lock == NO_LOCK and _hung_up(connection)
+        lost = lock == NO_LOCK and _readable(connection, seconds=0)  # nothing but an end can come
         if lock != NO_LOCK:
             os.close(lock)  # first, so that the name is free when the server hears of it
         os.close(connection)
@@ -1194,9 +1068,8 @@ def _acquire(
         if tells and not _readable(connection, seconds=patience):
             _say(_who_holds(path, "waiting for a database", started))
         left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-        late = ""
-        if not _readable(connection, seconds=left):
-            late = _who_holds(path, "no database came free", started)
+        came = _readable(connection, seconds=left)
+        late = "" if came else _who_holds(path, "no database came free", started)
         return _receive(connection, path, late)
 
 
@@ -1239,30 +1112,21 @@ def _connect(connection: socket.socket, path: str, seconds: float | None) -> Non
             return
         except OSError as error:
             # A full backlog: Linux says EAGAIN, macOS the same as for a dead socket.
-            full = BlockingIOError if LINUX else ConnectionRefusedError
-            if attempt == 19 or seconds == 0 or not isinstance(error, full):
-                raise _cannot_connect(path, error) from error
-            time.sleep(0.05)
-
-
-def _cannot_connect(path: str, error: OSError) -> Error:
-    if isinstance(error, BlockingIOError):
-        return AcquireTimeout(f"the server's queue is full: {path}; if it was stopped, continue it")
-    with contextlib.suppress(OSError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return ServerError(f"not a socket: {path}; set PGM_SOCKET to a pgmanager server's")
-    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-        advice = "start one with 'pgmanager serve', run under 'pgmanager wrap', or set PGM_SOCKET"
-        return ServerError(f"no server at the socket: {path}; {advice}")
-    return ServerError(f"cannot connect: {path}: {error.strerror}; mend that, or set PGM_SOCKET")
-
-
-def _readable(*files: Any, seconds: float | None = None) -> list[int]:
-    """Return which files can be read, by number; blocks until any can, or for so many seconds."""
-    poller = select.poll()
-    for file in files:
-        poller.register(file, select.POLLIN)
-    return [number for number, _ in poller.poll(None if seconds is None else seconds * 1000)]
+            full = isinstance(error, BlockingIOError if LINUX else ConnectionRefusedError)
+            if full and attempt < 19 and seconds != 0:
+                time.sleep(0.05)
+                continue
+            if isinstance(error, BlockingIOError):
+                advice = "if it was stopped, continue it"
+                raise AcquireTimeout(f"the server's queue is full: {path}; {advice}") from error
+            what = f"cannot connect: {path}: {error.strerror}; mend that, or set PGM_SOCKET"
+            if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+                advice = "start one with 'pgmanager serve', run under 'pgmanager wrap'"
+                what = f"no server at the socket: {path}; {advice}, or set PGM_SOCKET"
+            with contextlib.suppress(OSError):
+                if not stat.S_ISSOCK(os.stat(path).st_mode):
+                    what = f"not a socket: {path}; set PGM_SOCKET to a pgmanager server's"
+            raise ServerError(what) from error
 
 
 def _receive(connection: socket.socket, path: str, late: str) -> Lease:
@@ -1308,10 +1172,17 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
 
     answer = b""
     deadline = time.monotonic() + seconds
-    gives_none = contextlib.suppress(AcquireTimeout, ConnectionResetError)
+    # An abstract name is in no folder, unix(7): there is none to leave if we are killed. The other
+    # is not where TMPDIR says: that may be too long, or gone.
+    name = f"{OBSERVER}-{os.urandom(8).hex()}"
+    gives_none = contextlib.suppress(AcquireTimeout, ConnectionResetError, ValueError)
     with socket.socket(socket.AF_UNIX) as connection, gives_none:
-        with _observing(connection):
+        connection.bind(f"\0{name}" if LINUX else f"/tmp/{name}")
+        try:
             _connect(connection, path, seconds)
+        finally:
+            if not LINUX:
+                os.unlink(f"/tmp/{name}")
         # Another server may have taken us for a client: not a moment longer than needed.
         while answer[:1] in (b"", b"{"):
             left = max(deadline - time.monotonic(), 0)
@@ -1319,7 +1190,6 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
             answer += piece
             if not piece:
                 break
-    with contextlib.suppress(ValueError):
         document: dict[str, Any] = json.loads(answer)
         if "databases" in document:
             return document
@@ -1562,10 +1432,18 @@ class _Preparer:
     its children. It inherits the lock of its name, and keeps it when we are killed.
     """
 
-    def __init__(self, command: Callable[[str], str | list[str]], env: Mapping[str, str]) -> None:
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            raise UsageError("SIGCHLD is ignored: no exit status to be had; restore it to prepare")
-        self._command, self._env = command, env
+    env: Mapping[str, str] = os.environ
+    psql = strategy = ""  # of a PostgreSQL of our own
+
+    def __init__(self, template: str | None, prepare: str | None) -> None:
+        self.template, source = _setting(template, "PGM_TEMPLATE")
+        if self.template is not None and (not self.template or "\0" in self.template):
+            raise UsageError(f"bad template: {self.template!r}{source}; give a database's name")
+        self.line, source = _setting(prepare, "PGM_PREPARE")
+        if self.line is not None and (not self.line.strip() or "\0" in self.line):
+            raise UsageError(f"bad prepare: {self.line!r}{source}; give a shell command")
+        if self.template and self.line:
+            raise UsageError("both template and prepare: each makes a database ready; give one")
         self._processors = threading.Semaphore(os.cpu_count() or 1)
         # Guards the two below: after stop() has looked, nothing new is started.
         self._lock = threading.Lock()
@@ -1584,12 +1462,11 @@ class _Preparer:
                 with self._lock:
                     if self._stopped:
                         return "stopped"
-                    command = self._command(name)
                     process = subprocess.Popen(
-                        command,
-                        shell=isinstance(command, str),
-                        env=_leading_to(name, self._env),
-                        pass_fds=() if lock == NO_LOCK else (lock,),
+                        self.line or self._copying(name),
+                        shell=self.line is not None,
+                        env=_leading_to(name, {**self.env, **_server_of(self.env)}),
+                        pass_fds=(lock,),
                         start_new_session=True,
                         stdin=subprocess.DEVNULL,
                         stdout=output,
@@ -1609,6 +1486,19 @@ class _Preparer:
         _say(f"{reason}; it is broken, and tried again later\n{said[-2000:]}".rstrip())
         return reason
 
+    def _copying(self, name: str) -> list[str]:
+        """Return the command that makes a database anew, as a copy of the template."""
+        if not self.psql:
+            self.psql = "psql"
+            with contextlib.suppress(PostgresError):
+                self.psql = f"{_find_programs()}/psql"  # Debian's own, on PATH, is Perl, and slow
+        template = _quoted(self.template or "")
+        return _psql(
+            self.psql,
+            f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)",
+            f"CREATE DATABASE {_quoted(name)} TEMPLATE {template}{self.strategy}",
+        )
+
     def stop(self) -> None:
         """End what runs, with all its children; nothing is prepared from now on."""
         with self._lock:
@@ -1626,36 +1516,12 @@ def _first_error(said: str) -> str:
     return next((line for line in lines if re.search(r"(?i)\b(error|fatal)\b", line)), lines[-1])
 
 
-def _preparer(
-    template: str | None,
-    prepare: str | None,
-    env: Mapping[str, str],
-    psql: str | None = None,
-    strategy: str = "",
-) -> _Preparer | None:
-    """Return what makes databases ready, None if nothing is to. Raises UsageError."""
-    if prepare is not None:
-        return _Preparer(lambda name: prepare, env)
-    if template is None:
-        return None
-    if psql is None:
-        psql = "psql"
-        with contextlib.suppress(PostgresError):
-            psql = f"{_find_programs()}/psql"  # on PATH, Debian's is a script in Perl, and slow
-    return _Preparer(
-        lambda name: _psql(
-            psql,
-            f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)",
-            f"CREATE DATABASE {_quoted(name)} TEMPLATE {_quoted(template)}{strategy}",
-        ),
-        {**env, **_server_of(env), "PGCLIENTENCODING": "UTF8"},
-    )
-
-
 def _psql(program: str, *statements: str) -> list[str]:
     """Return the command that runs SQL statements, each for itself, and ends at the first error."""
     words = [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", "postgres"]
-    return [*words, *(word for statement in statements for word in ("-c", statement))]
+    for statement in ("SET client_encoding = UTF8", *statements):
+        words += "-c", statement
+    return words
 
 
 def _quoted(identifier: str) -> str:
@@ -1714,12 +1580,15 @@ SETTINGS = (
 )
 
 # Its standard error is the folder, locked as long as it lives; what it starts has the log instead.
-# Of that only postgres keeps a copy, so that its end is seen there. A ``trap :`` would end
-# ``read``. Of two first starts at once, mv puts the second copy into the first. One that is told
-# to quit before it knows how to does not hear it, and one that is stopped neither, so it is told
-# until it is gone. What a killed watchdog has left of a copy goes where a new one is made.
+# Of that only postgres keeps a copy, so that its end is seen there. What is trapped with '' is
+# ignored by all that it starts, too; so not SIGPIPE, of which initdb dies when we have been killed,
+# and not ``trap :`` for the others, which would end ``read``. Of two first starts at once, mv puts
+# the second copy into the first. A postgres that is told to quit before it knows how to does not
+# hear it, and one that is stopped neither, so it is told until it is gone. What a killed watchdog
+# has left of a copy goes where a new one is made.
 WATCHDOG = f"""
 trap '' HUP INT QUIT TERM
+trap : PIPE
 umask 077
 programs=$1 folder=$2 kept=$3
 shift 3
@@ -1745,45 +1614,58 @@ class _Postgres:
     """A throw-away PostgreSQL server; ``options`` are more of its command line."""
 
     def __init__(self, options: Sequence[str], signals: _Signals) -> None:
-        self._options, self._signals = options, signals
+        import pwd
+        import zlib
+
+        self._options, self._signals, self._programs = options, signals, _find_programs()
+        self.psql = f"{self._programs}/psql"
         # Whatever leads to another server, or to what this one has not, is not for COMMAND.
         kept = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
         self.env = {k: v for k, v in env if k.startswith(kept) or not k.startswith("PG")}
         self._scheme = _url_parts(self.env.get("DATABASE_URL", "postgresql://"))["scheme"]
-        self._programs, self._user = _find_programs(), _unprivileged_user()
-        self.psql, self.strategy = f"{self._programs}/psql", ""
-        self._base = _base_folder(self._user)
-        self._kept = _kept_cluster(self._programs, self._user)
-        self._stack = contextlib.ExitStack()
+        self._user: dict[str, Any] = {}  # for Popen, as PostgreSQL refuses to be root
+        for name in ("nobody", "postgres") if os.geteuid() == 0 else ():
+            with contextlib.suppress(KeyError):
+                user = pwd.getpwnam(name)
+                self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        self._base = os.environ.get("TMPDIR") or "/tmp"
+        room = MAX_PATH_BYTES - len(f"/{FOLDER}........./.s.PGSQL.{PORT}")
+        fits = os.path.isabs(self._base) and len(os.fsencode(self._base)) <= room
+        usable = fits and os.access(self._base, os.W_OK | os.X_OK)
+        if not usable or (self._user and not _open_to_all(self._base)):
+            advice = f"set it to an absolute path of at most {room} bytes, open to all, as /tmp is"
+            raise PostgresError(f"no place for PostgreSQL: TMPDIR is {self._base!r}; {advice}")
+        self._kept = ""  # where what initdb makes with these programs is kept, if there is a place
+        with contextlib.suppress(OSError):
+            postgres = os.path.realpath(f"{self._programs}/postgres")
+            made_by = os.fsencode(f"{postgres} {os.stat(postgres).st_mtime_ns} {INITDB}")
+            place = _private_folder(self._user.get("user"))
+            self._kept = f"{place}/cluster-{zlib.crc32(made_by):08x}"
 
-    def __enter__(self) -> _Postgres:
-        """Start the server, to which ``env`` then leads."""
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start the server, until the stack is closed; ``env`` then leads to it."""
         import shutil
         from urllib.parse import quote
 
-        for folder in os.listdir(self._base):
-            if folder.startswith(FOLDER):
-                self._remove(f"{self._base}/{folder}")
+        for name in os.listdir(self._base):
+            if name.startswith(FOLDER):
+                self._remove(f"{self._base}/{name}")
         try:
-            folder = self._stack.enter_context(self._started())
+            self.folder = stack.enter_context(self._started())
         except PostgresError:
             if not os.path.isdir(self._kept):
                 raise
             # The copy may be the reason: once more, with initdb.
             shutil.rmtree(self._kept, ignore_errors=True)
-            folder = self._stack.enter_context(self._started())
-        with open(f"{folder}/data/PG_VERSION") as file:
+            self.folder = stack.enter_context(self._started())
+        with open(f"{self.folder}/data/PG_VERSION") as file:
             # With durability off, twice as fast.
             self.strategy = " STRATEGY file_copy" if float(file.read()) >= 15 else ""
-        self.env.update(PGHOST=folder, PGPORT=PORT, PGUSER="postgres")
         self.env["PATH"] = f"{self.env.get('PATH', os.defpath)}:{self._programs}"
-        place = f"host={quote(folder, safe='')}&port={PORT}&user=postgres"
+        self.env.update(PGHOST=self.folder, PGPORT=PORT, PGUSER="postgres")
+        place = f"host={quote(self.folder, safe='')}&port={PORT}&user=postgres"
         self.env["DATABASE_URL"] = f"{self._scheme}:///postgres?{place}"
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[str]:
@@ -1840,9 +1722,8 @@ class _Postgres:
             self._run(f"--init failed: {init}", command, _leading_to("template1", self.env))
         if names:
             creations = (f"CREATE DATABASE {_quoted(name)}{self.strategy}" for name in names)
-            env = {**self.env, "PGCLIENTENCODING": "UTF8"}
             try:
-                self._run("cannot create databases", _psql(self.psql, *creations), env)
+                self._run("cannot create databases", _psql(self.psql, *creations), self.env)
             except PostgresError:
                 shutil.rmtree(self._kept, ignore_errors=True)  # it may be the reason
                 raise
@@ -1891,43 +1772,6 @@ class _Postgres:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _base_folder(user: Mapping[str, Any]) -> str:
-    """Return the folder for temporary files, or raise PostgresError where it is of no use."""
-    base = os.environ.get("TMPDIR") or "/tmp"
-    room = MAX_PATH_BYTES - len(f"/{FOLDER}........./.s.PGSQL.{PORT}")
-    usable = os.path.isabs(base) and os.access(base, os.W_OK | os.X_OK) and os.path.isdir(base)
-    if usable and user:  # who also has to remove the folder
-        usable = bool(os.stat(base).st_mode & stat.S_IWOTH) and _open_to_all(base)
-    if not usable or len(os.fsencode(base)) > room:
-        advice = f"set it to a folder for all, absolute, of at most {room} bytes, such as /tmp"
-        raise PostgresError(f"no place for PostgreSQL: TMPDIR is {base!r}; {advice}")
-    return base
-
-
-def _kept_cluster(programs: str, user: Mapping[str, Any]) -> str:
-    """Return where to keep what initdb makes with these programs; "" where there is no place."""
-    import hashlib
-
-    try:
-        folder = _private_folder(user.get("user"))
-    except OSError:
-        return ""
-    postgres = os.path.realpath(f"{programs}/postgres")
-    made_by = f"{postgres} {os.stat(postgres).st_mtime_ns} {INITDB}"
-    return f"{folder}/cluster-{hashlib.sha256(os.fsencode(made_by)).hexdigest()[:16]}"
-
-
-def _unprivileged_user() -> dict[str, Any]:
-    """Return Popen's arguments for whom PostgreSQL runs as: it refuses to be root."""
-    import pwd
-
-    for name in ("postgres", "nobody") if os.geteuid() == 0 else ():
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwnam(name)
-            return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    return {}
-
-
 def _open_to_all(path: str) -> bool:
     """Say whether every user may enter all folders of a path and execute what is at its end."""
     parts = os.path.realpath(path).split("/")
@@ -1969,24 +1813,25 @@ def serving(
     Raises UsageError, SocketError or LockError.
     """
     names = _names(prefix, None if count is None else str(count))
-    preparer = _preparer(*_preparation(template, prepare), os.environ)
+    preparer = _Preparer(template, prepare)
     with _serving("serving", names, preparer, _socket_path(socket_path)) as server:
         yield server
 
 
 @contextlib.contextmanager
 def _serving(
-    command: str, names: Sequence[str], preparer: _Preparer | None, path: str, shared: bool = True
+    command: str, names: Sequence[str], preparer: _Preparer, path: str, place: str | None = None
 ) -> Iterator[Server]:
-    prepare = None if preparer is None else preparer.prepare
+    prepare = preparer.prepare if preparer.template or preparer.line else None
+    if prepare and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        raise UsageError("SIGCHLD is ignored: no exit status to be had; restore it to prepare")
     owner = os.getpid()
     with contextlib.ExitStack() as stack:
-        locks = Locks(_server_of(os.environ)["PGPORT"] if shared else PORT)
+        locks = Locks(_server_of(os.environ)["PGPORT"] if place is None else place)
         stack.callback(locks.close)
         locks.sweep()
-        server = stack.enter_context(Server(path, names, locks, prepare, command, shared))
-        if preparer is not None:
-            stack.callback(preparer.stop)
+        server = stack.enter_context(Server(path, names, locks, prepare, command))
+        stack.callback(preparer.stop)
         thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
         thread.start()
         stack.callback(thread.join)
@@ -2000,9 +1845,8 @@ def _serving(
 
 def _serve(args: argparse.Namespace) -> int:
     names, path = _names(args.prefix, args.count), _socket_path(args.socket)
-    preparation = _preparation(args.template, args.prepare)
+    preparer = _Preparer(args.template, args.prepare)
     signals = _Signals()
-    preparer = _preparer(*preparation, os.environ)
     with _serving("serve", names, preparer, path) as server:
         _say(_offer(server))
         while signals.ended_by is None:
@@ -2035,15 +1879,14 @@ def _wrap(args: argparse.Namespace) -> int:
         raise UsageError(f"bad server options: {error}; write them as for a shell") from None
     if args.ephemeral and args.prefix is None:
         args.prefix = os.environ.get("PGM_DATABASE_PREFIX", "test_")
+    # Bad values first, before anything is started; where a pool is joined no prefix is needed.
     _socket_path(args.socket)
-    _preparation(args.template, args.prepare)
-    _names(
-        "any" if args.prefix is None else args.prefix, args.count
-    )  # a pool of our own may not be needed, nor a prefix
+    _names("any" if args.prefix is None else args.prefix, args.count)
+    preparer = _Preparer(args.template, args.prepare)
     signals = _Signals()
+    postgres = _Postgres(options, signals) if args.ephemeral else None
     with contextlib.ExitStack() as stack:
-        postgres = stack.enter_context(_Postgres(options, signals)) if args.ephemeral else None
-        path, server = _pool_of(args, postgres, stack)
+        path, server = _pool_of(args, preparer, postgres, stack)
         if server is not None and args.verbose:
             _say(_offer(server))
         env = os.environ if postgres is None else postgres.env
@@ -2059,27 +1902,30 @@ def _wrap(args: argparse.Namespace) -> int:
 
 
 def _pool_of(
-    args: argparse.Namespace, postgres: _Postgres | None, stack: contextlib.ExitStack
+    args: argparse.Namespace,
+    preparer: _Preparer,
+    postgres: _Postgres | None,
+    stack: contextlib.ExitStack,
 ) -> tuple[str, Server | None]:
     """Return the socket of the pool for COMMAND and, if it is ours, its server."""
-    path, own = _socket_path(args.socket), f"wrap-{os.getpid()}.sock"
+    path, place = _socket_path(args.socket), None
     if postgres is None and _joins(path, args):
         return path, None
     names = _names(args.prefix, args.count)
-    template, prepare = _preparation(args.template, args.prepare)
     if postgres is not None:
-        postgres.fill(args.init, () if template else names)
-        path = path if args.socket is not None else f"{postgres.env['PGHOST']}/{own}"
-        preparer = _preparer(template, prepare, postgres.env, postgres.psql, postgres.strategy)
-        return path, stack.enter_context(_serving("wrap", names, preparer, path, shared=False))
-    preparer = _preparer(template, prepare, os.environ)
+        postgres.start(stack)
+        postgres.fill(args.init, () if preparer.template else names)
+        preparer.env, preparer.psql = postgres.env, postgres.psql
+        preparer.strategy = postgres.strategy
+        place = postgres.folder
+        path = path if args.socket is not None else f"{place}/wrap.sock"
     try:
-        return path, stack.enter_context(_serving("wrap", names, preparer, path))
+        return path, stack.enter_context(_serving("wrap", names, preparer, path, place))
     except SocketError:
         if args.socket is not None:
             raise
-        path = f"{_private_folder()}/{own}"
-        return path, stack.enter_context(_serving("wrap", names, preparer, path))
+        path = f"{_private_folder()}/wrap-{os.getpid()}.sock"
+        return path, stack.enter_context(_serving("wrap", names, preparer, path, place))
 
 
 def _joins(path: str, args: argparse.Namespace) -> bool:
@@ -2101,19 +1947,18 @@ def _joins(path: str, args: argparse.Namespace) -> bool:
 def _wrap_each(args: argparse.Namespace) -> int:
     names = _names(args.prefix, args.count)
     jobs = 1 if args.jobs is None else _whole_number(args.jobs, "number of jobs")
-    numbers = [{"PGM_DATABASE_SHARD": str(n), "PGM_SHARD": str(n)} for n in range(len(names))]
-    envs = [{**_leading_to(name), **number} for name, number in zip(names, numbers)]
     signals = _Signals()
-    todo = collections.deque(range(len(names)))
+    todo = collections.deque(enumerate(names))
     running: dict[subprocess.Popen[bytes], int] = {}
     failed: dict[int, int] = {}
     unstartable: CommandError | None = None
     while todo or running:
         if todo and len(running) < jobs:
-            shard = todo.popleft()
-            words = [*args.words, names[shard]] if args.xargs else args.words
+            shard, name = todo.popleft()
+            words = [*args.words, name] if args.xargs else args.words
+            number = {"PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
             try:
-                running[signals.start(words, envs[shard])] = shard
+                running[signals.start(words, {**_leading_to(name), **number})] = shard
             except (CommandError, _Interrupted) as error:
                 todo.clear()
                 unstartable = error if isinstance(error, CommandError) else unstartable
@@ -2141,12 +1986,13 @@ def _exec(args: argparse.Namespace) -> int:
     lease = _acquire(args.timeout, args.socket)
     if args.verbose:
         _say(f"{lease} is leased")
-    # The lock above the connection, for at its end the kernel closes the highest first: the name
-    # is free when the server hears of it.
+    # Copies that are inherited, above what a shell's `exec 3<file` would close. That of the lock is
+    # above the connection's, for at its end the kernel closes the highest first: the name is free
+    # when the server hears of it.
     connection, lock = lease._held
-    connection = _raised(connection, 64)
+    connection = fcntl.fcntl(connection, fcntl.F_DUPFD, 10)
     if lock != NO_LOCK:
-        _raised(lock, connection + 1)
+        fcntl.fcntl(lock, fcntl.F_DUPFD, connection + 1)
     if not _sigpipe_was_ignored():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ignored by Python, and that is inherited
@@ -2159,14 +2005,6 @@ def _exec(args: argparse.Namespace) -> int:
         raise CommandError(args.words[0], error) from error
 
 
-def _raised(descriptor: int, least: int) -> int:
-    """Copy a descriptor to a high number, inheritable: no shell's `exec 3<file` will close it."""
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, least)
-    except OSError:  # the limit is lower; scripts use one digit
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10)
-
-
 def _show_status(args: argparse.Namespace) -> int:
     import json
 
@@ -2174,23 +2012,20 @@ def _show_status(args: argparse.Namespace) -> int:
     status = _observe(path)
     if status is None:
         raise ServerError(f"no status to be had: {path}; continue its server, or set PGM_SOCKET")
-    text = json.dumps(status, indent=2) if args.json else "\n".join(_status_lines(status))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `status | head`: end quietly
-    os.write(1, f"{text}\n".encode(errors="surrogateescape"))
-    return 0
-
-
-def _status_lines(status: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a status as text: databases, waiters in order, totals."""
     rows = [("DATABASE", "STATE", "FOR", "PROCESS")]
     for row in status["databases"]:
         rows.append((row["name"], row["state"], _duration(row["seconds"]), _about(row)))
     for place, row in enumerate(status["waiting"], 1):
         rows.append((f"waiter {place}", "waiting", _duration(row["seconds"]), _about(row)))
     first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
-    for name, state, seconds, process in rows:
-        yield f"{name:{first}}  {state:{second}}  {seconds:>{third}}  {process}".rstrip()
-    yield f"{status['command']}, process {status['pid']}, at {status['socket']}: {_totals(status)}"
+    lines = [f"{a:{first}}  {b:{second}}  {c:>{third}}  {d}".rstrip() for a, b, c, d in rows]
+    where = f"{status['command']}, process {status['pid']}, at {status['socket']}"
+    text = "\n".join((*lines, f"{where}: {_totals(status)}"))
+    if args.json:
+        text = json.dumps(status, indent=2)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `status | head`: end quietly
+    os.write(1, f"{text}\n".encode(errors="surrogateescape"))
+    return 0
 
 
 # ------------------------------------------------------------------------------------ Parser
@@ -2246,6 +2081,8 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name] = subparsers.add_parser(
             name, usage=usage, help=summary, epilog=epilog, allow_abbrev=False
         )
+        if "COMMAND" in summary:  # all from the first word that is no option, or a first --
+            parsers[name].add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     for flags, metavar, places, text in _OPTIONS:
         kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
         for place in places.split() if places else parsers:
@@ -2255,48 +2092,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide our own words from COMMAND's, which begins at the second word that is no option.
-
-    By hand, because what argparse does with ``--`` and with the remaining words has changed from
-    one Python to the next, and COMMAND's own options are not to be looked at.
-    """
-    subcommand = ""
-    value_next = False
-    for index, word in enumerate(argv):
-        if value_next:
-            value_next = False
-        elif word == "--" and subcommand:
-            return [*argv[:index]], [*argv[index + 1 :]]
-        elif word.startswith("-") and word != "-":
-            value_next = _takes_value(word, subcommand)
-        elif subcommand:
-            return [*argv[:index]], [*argv[index:]]
-        elif word in _SUBCOMMANDS:
-            subcommand = word
-    return [*argv], []
+def _places(word: str) -> list[str]:
+    """Return the subcommands that an option belongs to; none if it is unknown, or is everywhere."""
+    flag = word.partition("=")[0]
+    return " ".join(where for flags, _, where, _ in _OPTIONS if flag in flags.split()).split()
 
 
-def _takes_value(word: str, subcommand: str) -> bool:
-    """Say whether an option's value is the next word; raise UsageError where it is not known."""
-    valued = {"-h": "", "--help": "", "--version": ""}
-    belongs = {}
-    for flags, metavar, places, _ in _OPTIONS:
-        belongs.update(dict.fromkeys(flags.split(), places.split()))
-        if not places or subcommand in places.split():
-            valued.update(dict.fromkeys(flags.split(), metavar))
-    flag, equals, _ = word.partition("=")
-    if not word.startswith("--"):  # letters, of which the last may have a value, also in the word
-        flag = next((f"-{letter}" for letter in word[1:] if valued.get(f"-{letter}") != ""), "-h")
-        equals = word.partition(flag[1])[2]
-    if flag in valued:
-        return bool(valued[flag] and not equals)
-    having = belongs.get(flag, [])
-    if having and not subcommand:
-        raise UsageError(f"{flag} belongs behind the subcommand: pgmanager {having[0]} {flag} ...")
-    who = f", one of {', '.join(having)}" if having else ""
-    program = f"pgmanager {subcommand}".rstrip()
-    raise UsageError(f"unknown option: {flag}{who}; see '{program} --help'")
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Return what a command line says, or raise UsageError; ``words`` are COMMAND's."""
+    for word in argv:
+        if word in _SUBCOMMANDS:
+            break
+        if places := _places(word):
+            usage = f"pgmanager {places[0]} {word} ..."
+            raise UsageError(f"{word} belongs behind the subcommand: {usage}")
+    args, unknown = _parser().parse_known_args(argv)
+    for word in unknown:
+        if word != "--":
+            places = _places(word)
+            what = f"unknown option: {word}" if word.startswith("-") else f"not expected: {word!r}"
+            who = f", one of {', '.join(places)}" if places else ""
+            program = f"pgmanager {args.subcommand or ''}".rstrip()
+            raise UsageError(f"{what}{who}; see '{program} --help'")
+    if "words" in args:
+        args.words = args.words[args.words[:1] == ["--"] :]
+        if not args.words:
+            usage = f"pgmanager {args.subcommand} -- COMMAND"
+            raise UsageError(f"no command: nothing to run; say {usage}")
+    return args
 
 
 def _die_of(number: int) -> int:
@@ -2320,19 +2143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        own, words = _split(sys.argv[1:] if argv is None else argv)
-        args = _parser().parse_args(own)
+        args = _parsed(sys.argv[1:] if argv is None else argv)
         if args.subcommand is None:
             _parser().print_help()
             return 0
-        function, summary = _SUBCOMMANDS[args.subcommand]
-        usage = f"pgmanager {args.subcommand}"
-        if "COMMAND" in summary and not words:
-            raise UsageError(f"no command: nothing to run; say {usage} -- COMMAND")
-        if words and "COMMAND" not in summary:
-            raise UsageError(f"not expected: {words[0]!r}; see '{usage} --help'")
-        args.words = words
-        status = function(args)
+        status = _SUBCOMMANDS[args.subcommand][0](args)
         return _die_of(-status) if status < 0 else status
     except Error as error:
         _say(str(error))

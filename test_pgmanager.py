@@ -3586,11 +3586,11 @@ def test_any_word_reaches_command_untouched_and_it_may_be_named_like_an_option(
 def test_all_words_after_two_dashes_or_from_the_first_that_is_no_option_are_commands(
     words: list[str], name: str
 ) -> None:
-    ours = ["-v", name, *(["--prefix", "--"] if name != "exec" else []), "-s", "x"]
-    assert pgmanager._split([*ours, "--", *words]) == (ours, words)
+    ours = ["-v", name, *(["--prefix", "x"] if name != "exec" else []), "-s", "x"]
+    assert pgmanager._parsed([*ours, "--", "make", *words]).words == ["make", *words]
     valued = ["--timeout=3"] if name == "exec" else ["--count", "wrap"]
-    ours = ["-vs", "--", name, "-s--", *valued, "-v"]
-    assert pgmanager._split([*ours, "make", *words]) == (ours, ["make", *words])
+    ours = ["-vs", "wrap", name, "-sx", *valued, "-v"]
+    assert pgmanager._parsed([*ours, "make", *words]).words == ["make", *words]
 
 
 @pytest.mark.parametrize("words", ["", "serve", "wrap", "wrap-each", "exec", "status"])
@@ -3609,7 +3609,7 @@ def test_every_subcommand_explains_itself_and_pgmanager_alone_prints_its_help(wo
     [
         ("nonsense", 2, "nonsense"),
         ("serve extra", 2, "'extra'; see 'pgmanager serve --help'"),
-        ("--nonsense serve", 2, "--nonsense; see 'pgmanager --help'"),
+        ("--nonsense serve", 2, "--nonsense; see 'pgmanager serve --help'"),
         ("wrap --prefix db --nonsense -- true", 2, "--nonsense; see 'pgmanager wrap --help'"),
         ("exec --prefix db true", 2, "see 'pgmanager exec --help'"),
         ("exec --prefix db true", 2, "serve, wrap, wrap-each"),

@@ -479,7 +479,9 @@ def whole_process() -> None:
 
 def ephemeral() -> None:
     """A throw-away PostgreSQL, against initdb on the same file system, which matters most here."""
-    programs, user = pgmanager._find_programs(), pgmanager._unprivileged_user()
+    nothing: Any = None
+    server = pgmanager._Postgres((), nothing)
+    programs, user = server._programs, server._user
     with tempfile.TemporaryDirectory(prefix="pgm-bench-") as place:
         if user:
             os.chown(place, user["user"], user["group"])
