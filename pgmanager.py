@@ -888,7 +888,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def held(self) -> list[str]:
         """Return the names of clients still there, as the kernel knows before their end is read."""
         leased = [row for row in self.pool.snapshot()[0] if row["holder"] is not None]
-        return [row["name"] for row in leased if not _readable(row["holder"], seconds=0)]
+        numbers = [(row["name"], row["holder"].fileno()) for row in leased]
+        # One that was closed this instant has no number, or one that poll(2) calls invalid.
+        return [name for name, of in numbers if of >= 0 and not _readable(of, seconds=0)]
 
 
 def _raise_limit() -> int:
