@@ -372,6 +372,8 @@ class Locks:
             except OSError as error:
                 said = f"{self._root}: {error.strerror}"
                 raise LockError(f"cannot lock: {said}; /tmp must be local") from error
+            while len(self._folders) > 1:
+                os.close(self._folders.pop(0))
             os.mkdir(os.path.dirname(path), 0o700)
 
 
