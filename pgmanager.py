@@ -117,14 +117,14 @@ _SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 
 
 class CommandError(Error):
-    """A command could not be run at all; the exit statuses are the shell's own."""
+    """A command could not be run at all; 126 and 127 are a shell's exit statuses for that."""
 
     def __init__(self, program: str, error: OSError) -> None:
         import shutil
 
-        # Not permitted to look into a folder of PATH is not found, if it is nowhere else either.
+        # EACCES may be of a folder on PATH: if the program is in no other either, it is not found.
         if error.errno == errno.ENOENT or not ("/" in program or shutil.which(program, os.F_OK)):
-            self.status, said = 127, "not found; check its spelling, and PATH"
+            self.status, said = 127, "not found; check its spelling, PATH, and its first line"
             if " " in program:
                 said = "not found; if it is a line for the shell, put sh -c before it"
         elif error.errno in _SCARCE:
@@ -312,10 +312,11 @@ class Locks:
         place = SOCKETS if name.startswith("/") else self._place
         return os.path.join(self._root, place, name.replace("%", "%25").replace("/", "%2F"))
 
-    def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
+    def take(self, name: str, *, wait: bool = False, instead_of: int = NO_LOCK) -> tuple[int, bool]:
         """Return the lock of a name, and whether nobody else has had it since we last had.
 
-        Raises BlockingIOError where it is held already, unless told to wait, which blocks.
+        Raises BlockingIOError where it is held already, unless told to wait, which blocks. An older
+        lock, ``instead_of`` which it is taken, is ended just before, for who has inherited it too.
         """
         while True:
             try:
@@ -326,6 +327,8 @@ class Locks:
                 self._make_folder(self.path(name))
                 continue
             try:
+                if instead_of != NO_LOCK:  # not before we open, or who waits for it is quicker
+                    fcntl.flock(instead_of, fcntl.LOCK_UN)
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if os.fstat(lock).st_nlink:
                     untouched = os.pread(lock, len(self._mark), 0) == self._mark
@@ -345,18 +348,19 @@ class Locks:
 
     def sweep(self) -> None:
         """Remove what dead processes have left here and this one uses no more: files, sockets."""
-        for place in os.listdir(self._root):
+        for folder, _, files in os.walk(self._root):  # no error stops that: others sweep here too
+            place = os.path.basename(folder)
             if place == SOCKETS or place.isdigit():
-                with contextlib.suppress(OSError):  # others sweep here too
-                    for file in os.listdir(f"{self._root}/{place}"):
-                        with contextlib.suppress(OSError, ValueError):  # in use; no mark of ours
-                            _remove_unused(f"{self._root}/{place}/{file}")
-                    os.rmdir(f"{self._root}/{place}")
+                for file in files:
+                    with contextlib.suppress(OSError, ValueError):  # in use; no mark of ours
+                        _remove_unused(f"{folder}/{file}")
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
 
     def close(self) -> None:
         """Sweep, and let go of the folder. Locks that are held stay so."""
+        self.sweep()
         with contextlib.suppress(OSError):
-            self.sweep()
             os.rmdir(self._root)
         while self._folders:
             os.close(self._folders.pop())
@@ -397,7 +401,10 @@ def _private_folder(uid: int | None = None) -> str:
 
 
 def _remove_unused(path: str) -> None:
-    """Remove a lock's file if this process or a dead one was the last to have it; else OSError."""
+    """Remove a lock's file if this process or a dead one had it last; OSError if it is in use.
+
+    Not a living one's: by its mark in there it knows what it has prepared.
+    """
     with open(path, "rb") as file:
         pid = int(file.read(10) or 0)
         if not pid and time.time() - os.fstat(file.fileno()).st_mtime < 10:
@@ -521,9 +528,11 @@ class Pool:
     def acquire(self, client: Client) -> list[str]:
         """Grant a client a name, have it wait, or refuse it; return names to be tended."""
         with self._lock:
-            self._waiters[client] = self._clock()
+            self._waiters[client] = float("inf")  # no wait yet
             untended = self._match()
-            self.totals["waited"] += client in self._waiters
+            if client in self._waiters:
+                self._waiters[client] = self._clock()
+                self.totals["waited"] += 1
             return untended
 
     def release(self, client: Client) -> list[str]:
@@ -548,7 +557,7 @@ class Pool:
             self._enter(self._databases[name], ELSEWHERE)
 
     def regain(self, name: str, lock: int, untouched: bool) -> bool:
-        """Grant or free a name with the lock taken for it; or say that it is to be prepared.
+        """Grant or free a name with the lock taken for it; or return False: it is to be prepared.
 
         Then it stays locked. What we have prepared is good only if nobody else has had it since.
         """
@@ -630,7 +639,7 @@ class Pool:
         self.totals["peak"] = max(self.totals["peak"], len(self._holders))
 
     def _dequeue(self, client: Client) -> None:
-        waited = self._clock() - self._waiters.pop(client)
+        waited = max(self._clock() - self._waiters.pop(client), 0)
         self.totals["wait_seconds_total"] += waited
         self.totals["wait_seconds_max"] = max(self.totals["wait_seconds_max"], waited)
 
@@ -679,7 +688,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = soft - self._reserve
         if hard < self._reserve + 2:
-            raise UsageError(f"count too large: {len(names)} names; raise ulimit -Hn, or lower it")
+            raise UsageError(f"count too large: {len(names)} names; lower it, or raise ulimit -Hn")
         # Of the thread in serve_forever: what it waits for, and names it has to find threads for.
         self._selector = selectors.DefaultSelector()
         self._untended: list[str] = []
@@ -703,7 +712,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     break
                 time.sleep(0.01)
             else:
-                raise SocketError(f"socket is in use: {self.path}; choose another")
+                raise SocketError(f"socket is in use: {self.path}; end it, or choose another")
             while not os.path.lexists(folder):
                 self._made.append(folder)
                 folder = os.path.dirname(folder)
@@ -740,7 +749,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     # The accepting thread.
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve clients until ``shutdown``. Blocks until something happens, and never looks."""
+        """Serve clients until ``shutdown``. Blocks until something happens."""
         self._untended = self.pool.start()
         self._selector.register(self.socket, selectors.EVENT_READ)
         while not self._ended.is_set():
@@ -781,7 +790,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _pause(self, why: str | None) -> None:
         """Accept no more until something happens, such as the end of a client."""
-        _say_once(f"no more clients for now: {why}; they wait; raise the limit (ulimit -n)")
+        _say_once(f"no more clients for now: {why}; they wait; raise the limit (ulimit -Hn)")
         self._selector.unregister(self.socket)
 
     def _attend(self, client: socket.socket) -> None:
@@ -816,27 +825,35 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _tend(self, name: str) -> None:
         """Do for a name what blocks, until the pool has it back: wait for its lock, prepare it."""
-        while not self._ended.is_set():
+        lock = NO_LOCK
+        while True:
+            old, lock = lock, NO_LOCK
             try:
                 try:
-                    lock, untouched = self._locks.take(name)
+                    lock, untouched = self._locks.take(name, instead_of=old)
                 except BlockingIOError:
                     self.pool.elsewhere(name)
                     lock, untouched = self._locks.take(name, wait=True)
+                finally:
+                    if old != NO_LOCK:
+                        self._locks.let_go(old, from_all=True)
             except OSError as error:  # no descriptor, a full disk
                 _say_once(f"cannot lock {name} for now: {error}; it is tried again")
-                self._ended.wait(1)
+                if self._ended.wait(1):
+                    return
                 continue
             if self.pool.regain(name, lock, untouched):
                 return
             assert self._prepare is not None
             reason = self._prepare(name, lock)
-            # What it has left running, and has inherited the lock, must not keep the name.
-            self._locks.let_go(lock, from_all=True)
             if reason is None:
+                # Taken anew, so that what the preparation has left running does not keep the name.
                 self.pool.prepared(name)
-            else:
-                self._ended.wait(self.pool.fail(name, reason))
+                continue
+            self._locks.let_go(lock, from_all=True)
+            lock = NO_LOCK
+            if self._ended.wait(self.pool.fail(name, reason)):
+                return
 
     def _report(self, observer: socket.socket) -> None:
         """Send the status; an observer that does not read it is left after ten seconds."""
@@ -953,7 +970,7 @@ class Lease(str):
         return str, (str(self),)
 
     def release(self) -> None:
-        """Give the name back. Does not block; again, or in a forked child, it closes our copy only.
+        """Give the name back. Does not block. In a forked child it closes that copy only.
 
         Warns if the server went away and there was no lock on the name: then others may have been
         given it meanwhile.
@@ -1032,7 +1049,7 @@ async def acquire_async(
 
 
 def _connect(connection: socket.socket, path: str, seconds: float | None) -> None:
-    """Connect. While the server's backlog is full, with seconds to wait, tries for one only."""
+    """Connect. A full backlog blocks; with a timeout it is tried for a second, with 0 once."""
     connection.settimeout(seconds)
     for attempt in range(20):
         try:
@@ -1045,8 +1062,8 @@ def _connect(connection: socket.socket, path: str, seconds: float | None) -> Non
                 time.sleep(0.05)
                 continue
             if isinstance(error, BlockingIOError):
-                advice = "if it was stopped, continue it"
-                raise AcquireTimeout(f"the server's queue is full: {path}; {advice}") from error
+                what = f"the server's queue is full: {path}; if it was stopped, continue it"
+                raise AcquireTimeout(what) from error
             what = f"cannot connect: {path}: {error.strerror}; mend that, or set PGM_SOCKET"
             if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
                 advice = "start one with 'pgmanager serve', run under 'pgmanager wrap'"
@@ -1398,7 +1415,8 @@ class _Preparer:
             reason = f"cannot prepare {name}: exit status {status}: {_first_error(said)}"
         except (OSError, ValueError) as error:  # no process, no disk; a name beyond this locale
             reason = f"cannot prepare {name}: {error}"
-        _say(f"{reason}; it is broken, and tried again later\n{said[-2000:]}".rstrip())
+        more = f"\n{said[-2000:]}" if "\n" in said else ""  # one line is in the reason
+        _say(f"{reason}; it is broken, and tried again later{more}")
         return reason
 
     def stop(self) -> None:
@@ -1427,10 +1445,8 @@ def _psql(*statements: str) -> list[str]:
     program = "psql"
     with contextlib.suppress(PostgresError):
         program = f"{_find_programs()}/psql"  # Debian's own, on PATH, is Perl, and slow
-    words = [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", "postgres"]
-    for statement in ("SET client_encoding = UTF8", *statements):
-        words += "-c", statement
-    return words
+    words = [f"-c{each}" for each in ("SET client_encoding = UTF8", *statements)]
+    return [program, "-Xqv", "ON_ERROR_STOP=1", "-dpostgres", *words]
 
 
 def _quoted(identifier: str) -> str:
@@ -1531,7 +1547,7 @@ class _Postgres:
         self.env = {k: v for k, v in env if k.startswith(kept) or not k.startswith("PG")}
         self._scheme = _url_parts(self.env.get("DATABASE_URL", "postgresql://"))["scheme"]
         self._user: dict[str, Any] = {}  # for Popen, as PostgreSQL refuses to be root
-        for name in ("nobody", "postgres") if os.geteuid() == 0 else ():
+        for name in ("nobody", "postgres") if os.geteuid() == 0 else ():  # the last there is
             with contextlib.suppress(KeyError):
                 user = pwd.getpwnam(name)
                 self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
@@ -1611,7 +1627,8 @@ class _Postgres:
             self._signals.wait_for(watchdog.stdout)
             piece = os.read(watchdog.stdout.fileno(), 65536)
             if not piece:
-                raise PostgresError(f"PostgreSQL did not start: {_first_error(os.fsdecode(log))}")
+                said = f"PostgreSQL did not start: {_first_error(os.fsdecode(log))}"
+                raise PostgresError(f"{said}; mend that, in --server-options or {self._base}")
             log += piece
         # Somebody has to read the log, or the server would stop when the pipe is full.
         threading.Thread(target=collections.deque, args=(watchdog.stdout, 0), daemon=True).start()
@@ -1682,7 +1699,6 @@ def _within_reach(programs: str, folder: str) -> str:
 # ---------------------------------------------------------------------------------- Commands
 
 
-@contextlib.contextmanager
 def serving(
     prefix: str | None = None,
     count: int | str | None = None,
@@ -1690,7 +1706,7 @@ def serving(
     template: str | None = None,
     prepare: str | None = None,
     socket_path: str | None = None,
-) -> Iterator[Server]:
+) -> contextlib.AbstractContextManager[Server]:
     """Serve a pool in this process; yield the server, whose ``path`` is the socket's.
 
     Arguments that are None come from the environment, as for the commands. The pool is served by
@@ -1699,8 +1715,7 @@ def serving(
     """
     names = _names(prefix, None if count is None else str(count))
     preparer = _Preparer(template, prepare)
-    with _serving("serving", names, preparer, _socket_path(socket_path)) as server:
-        yield server
+    return _serving("serving", names, preparer, _socket_path(socket_path))
 
 
 @contextlib.contextmanager
@@ -1724,7 +1739,7 @@ def _serving(
         try:
             yield server
         finally:
-            if os.getpid() != owner:  # all that is a forked child's parent's
+            if os.getpid() != owner:  # in a forked child: all of it is the parent's
                 stack.pop_all()
 
 
@@ -1780,7 +1795,7 @@ def _wrap(args: argparse.Namespace) -> int:
             if held := server.held():
                 _say(f"still leased when the command had ended: {', '.join(held)}")
             if not server.pool.totals["leases"]:
-                _say("no lease was taken: nothing in the command asked for one; see exec, acquire")
+                _say("no lease was taken: if nothing asked for one, see exec, acquire, pytest -p")
             if args.verbose:
                 _say(_totals(server.status()))
     return status
@@ -1903,8 +1918,7 @@ def _show_status(args: argparse.Namespace) -> int:
     lines = [f"{a:{first}}  {b:{second}}  {c:>{third}}  {d}".rstrip() for a, b, c, d in rows]
     where = f"{status['command']}, process {status['pid']}, at {status['socket']}"
     text = "\n".join((*lines, f"{where}: {_totals(status)}"))
-    if args.json:
-        text = json.dumps(status, indent=2)
+    text = json.dumps(status, indent=2) if args.json else text
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `status | head`: end quietly
     os.write(1, f"{text}\n".encode(errors="surrogateescape"))
     return 0
@@ -1912,8 +1926,8 @@ def _show_status(args: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------------------------ Parser
 
-# flags, what the value is called (a switch has none), where it belongs (everywhere if nowhere),
-# and the help, with [environment; default]
+# flags, what the value is called (a switch has none), the subcommands that have it (all, where it
+# is empty), and the help, with [environment; default]
 _POOL, _FILL = "serve wrap wrap-each", "serve wrap"
 _OPTIONS = (
     ("-s --socket", "PATH", "", f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"),
@@ -1980,13 +1994,14 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
         if word in _SUBCOMMANDS:
             break
         if places := _PLACES.get(word.partition("=")[0]):
-            raise UsageError(f"{word} belongs behind the subcommand: pgmanager {places[0]} {word}")
+            place = next((each for each in argv if each in places), places[0])
+            raise UsageError(f"{word} belongs behind the subcommand: pgmanager {place} {word}")
     args, unknown = _parser().parse_known_args(argv)
     for word in unknown:
         if word != "--":
             places = _PLACES.get(word.partition("=")[0])
             what = f"unknown option: {word}" if word.startswith("-") else f"not expected: {word!r}"
-            who = f", one of {', '.join(places)}" if places else ""
+            who = f"; it is for {', '.join(places)}" if places else ""
             program = f"pgmanager {args.subcommand or ''}".rstrip()
             raise UsageError(f"{what}{who}; see '{program} --help'")
     if "words" in args:
@@ -2006,9 +2021,7 @@ def _die_of(number: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status. It takes this process's signals for good, and dies
-    of the signal that ended a wrapped command.
-    """
+    """Run a command; return its status, or die of its signal. Takes our signals for good."""
     with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
         # In the C locale Python sets this for itself (PEP 538), and COMMAND would inherit it.
         if b"\0LC_CTYPE=" not in b"\0" + file.read():

@@ -1202,7 +1202,7 @@ def test_without_descriptors_clients_wait_in_order(limit: int, spare: int, path:
             limit = len(os.listdir(f"/proc/{process.pid}/fd")) + spare
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
         with connected(path, 40) as clients:
-            assert "raise the limit (ulimit -n)" in process.stderr.readline()
+            assert "raise the limit (ulimit -Hn)" in process.stderr.readline()
             before = processor_seconds(process)
             assert silent(clients[2], 0.5)
             assert processor_seconds(process) - before < 0.05
