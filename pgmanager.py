@@ -324,6 +324,8 @@ class Locks:
                     lock = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                     _ours.add(lock)
             except FileNotFoundError:  # somebody has cleaned up
+                if not self.path(name).startswith(self._root):
+                    raise  # with that PostgreSQL
                 self._make_folder(self.path(name))
                 continue
             try:
@@ -391,6 +393,8 @@ def _private_folder(uid: int | None = None) -> str:
     """Return a user's folder of ours, made if missing; raise LockError if others can get at it."""
     uid = os.geteuid() if uid is None else uid
     folder = f"/tmp/pgmanager-{uid}"
+    if not os.path.isdir("/tmp"):
+        raise LockError("cannot lock: there is no folder /tmp, where all servers meet; make it")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
         os.chown(folder, uid, -1)
@@ -687,7 +691,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._reserve = len(names) + SPARE_DESCRIPTORS
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = soft - self._reserve
-        if hard < self._reserve + 2:
+        with open(os.devnull) as next_one:
+            own = next_one.fileno() + 4  # the selector, the listener, its path's lock, a client
+        if hard < self._reserve + own:
             raise UsageError(f"count too large: {len(names)} names; lower it, or raise ulimit -Hn")
         # Of the thread in serve_forever: what it waits for, and names it has to find threads for.
         self._selector = selectors.DefaultSelector()
@@ -1308,7 +1314,7 @@ class _Signals:
             for process in processes:
                 pid, status = os.waitpid(process.pid, os.WNOHANG | os.WUNTRACED)
                 if pid and os.WIFSTOPPED(status):
-                    if os.getpgrp() == os.getpid() and _in_foreground():
+                    if os.getpgrp() == os.getpid() != os.getsid(0) and _in_foreground():
                         os.kill(os.getpid(), signal.SIGSTOP)
                 elif pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
