@@ -1298,10 +1298,12 @@ class _Signals:
                 return self.start(_for_shell(command), **options)
             raise CommandError(command[0], error) from error
         self._running.add(process)
-        # What came before the child was there is passed on now. What comes from the terminal may
-        # have reached it, too: twice is better than never.
+        # What came before the child was there is passed on now. What comes from the terminal has
+        # missed it only while it still had our handlers, where Python forks rather than vforks;
+        # sent again it may come twice there, which is better than never.
+        forked = not LINUX or sys.version_info < (3, 10)
         while _readable(self._reader, seconds=0):
-            if (number := self.next()) in self.FROM_TERMINAL and _in_foreground():
+            if (number := self.next()) in self.FROM_TERMINAL and forked and _in_foreground():
                 os.kill(process.pid, number)
         return process
 
