@@ -625,8 +625,9 @@ class Pool:
                 pass  # others have it; or no descriptor is left, as who tends it will find out
             self._enter(database, ELSEWHERE)
             untended.append(database.name)
-        broken = (database.state == BROKEN for database in self._databases.values())
-        if self._waiters and (self._closed or all(broken)):
+        if not self._waiters:
+            return untended
+        if self._closed or all(each.state == BROKEN for each in self._databases.values()):
             for client in list(self._waiters):
                 self._dequeue(client)
                 self._refuse(client, self._hopeless)
