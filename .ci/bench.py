@@ -234,7 +234,8 @@ def latency(path: str, repeat: int = 30, pause: float = 0.001) -> float:
         client.recv(1024)
         spent.append(time.perf_counter() - begin)
         client.close()
-        time.sleep(pause)
+        if pause:  # a sleep of 0 still takes 50 us
+            time.sleep(pause)
     return statistics.median(spent)
 
 
