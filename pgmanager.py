@@ -302,7 +302,7 @@ class Locks:
         self._root = f"/tmp/pgmanager-{os.geteuid()}"
         self._place = os.path.join(self._root, place)
         self._mark = f"{os.getpid():10} {os.urandom(8).hex()}".encode()
-        self._ahead: dict[str, int] = {}  # files of free names, open, but not locked
+        self.ahead: dict[str, int] = {}  # files of names to be taken, open, but not locked
         self._folders: list[int] = []  # the root, locked; anew where it was removed
         _at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_give_up)
         while not self._folders:
@@ -319,7 +319,7 @@ class Locks:
         Raises BlockingIOError where it is held already, unless told to wait, which blocks.
         """
         while True:
-            lock = self._ahead.pop(name, NO_LOCK)
+            lock = self.ahead.pop(name, NO_LOCK)
             if lock == NO_LOCK:
                 lock = self._open(self.path(name))
             try:
@@ -343,7 +343,7 @@ class Locks:
     def open_ahead(self, name: str) -> None:
         """Open the file of a name that has come free: half of what it costs to take it."""
         with contextlib.suppress(OSError):
-            self._ahead[name] = self._open(self.path(name))
+            self.ahead[name] = self._open(self.path(name))
 
     def sweep(self) -> None:
         """Remove what dead processes have left here and this one uses no more: files, sockets."""
@@ -360,7 +360,7 @@ class Locks:
         """Sweep, and let go of the folder. Locks that are held stay so."""
         with contextlib.suppress(KeyError):  # till it is empty; threads may take from it
             while True:
-                _close(self._ahead.popitem()[1])
+                _close(self.ahead.popitem()[1])
         self.sweep()
         with contextlib.suppress(OSError):
             os.rmdir(self._root)
@@ -383,15 +383,17 @@ class Locks:
         """Make the folder of a name's file, if no other that ends removes it at once; lock ours."""
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             _private_folder()
-            self._folders.append(os.open(self._root, os.O_RDONLY | os.O_DIRECTORY))
+            folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 # Shared, and only because systemd-tmpfiles(8) spares what is in a locked folder.
-                fcntl.flock(self._folders[-1], fcntl.LOCK_SH)
+                fcntl.flock(folder, fcntl.LOCK_SH)
             except OSError as error:
+                os.close(folder)
                 said = f"{self._root}: {error.strerror}"
                 raise LockError(f"cannot lock: {said}; /tmp must be local") from error
-            while len(self._folders) > 1:
-                os.close(self._folders.pop(0))
+            with contextlib.suppress(IndexError):
+                os.close(self._folders.pop())
+            self._folders.append(folder)
             os.mkdir(os.path.dirname(path), 0o700)
 
 
@@ -603,7 +605,7 @@ class Pool:
             self._enter(database, BROKEN, reason)
             database.failures += 1
             self._hopeless = reason
-            self._match()
+            self._match()  # refuses, if that was the last: while any is free nobody waits
             return min(2.0 ** (database.failures - 1), MAX_PAUSE)
 
     def close(self) -> None:
@@ -708,7 +710,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = soft - self._reserve
         with open(os.devnull) as next_one:
-            own = next_one.fileno() + 4  # the selector, the listener, its path's lock, a client
+            own = next_one.fileno() + 4  # the poller, the listener, its path's lock, a client
         if hard < self._reserve + own:
             raise UsageError(f"count too large: {len(names)} names; lower it, or raise ulimit -Hn")
         # Of the thread in serve_forever: what it waits for, its clients by descriptor, whether it
@@ -790,7 +792,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     self._attend(client)
             if paused:
                 with contextlib.suppress(OSError), open(os.devnull) as next_one:
-                    if next_one.fileno() < self._limit:
+                    if next_one.fileno() - len(self._locks.ahead) < self._limit:
                         self._poller.register(self.fileno(), select.POLLIN)
                         self._paused = False
 
@@ -814,9 +816,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         descriptor = client.fileno()
         self._clients[descriptor] = client
         self._poller.register(descriptor, select.POLLIN)
-        if descriptor >= self._limit:
+        taken = descriptor - len(self._locks.ahead)  # the reserve is for these as well
+        if taken >= self._limit:
             self._limit = _raise_limit() - self._reserve
-            if descriptor >= self._limit:
+            if taken >= self._limit:
                 self._pause("too few descriptors are left")
 
     def _pause(self, why: str | None) -> None:
@@ -828,9 +831,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _attend(self, client: socket.socket) -> None:
         """Read what a client has sent; if it was its end, pass its name on."""
         # An end of what it sends is its end: through ssh's forwarding nothing else tells of that.
-        with contextlib.suppress(OSError):  # a reset
-            if client.recv(4096):
+        try:
+            if client.recv(4096, _AT_ONCE):
                 return
+        except BlockingIOError:  # a byte out of band
+            return
+        except OSError:  # a reset
+            pass
         self._untended += self.pool.release(client)
         descriptor = client.detach()
         del self._clients[descriptor]
@@ -1769,7 +1776,8 @@ def _serving(
         try:
             yield server
         finally:
-            if os.getpid() != owner:  # in a forked child: all of it is the parent's
+            # In a forked child all is the parent's; and when Python ends, no thread runs any more.
+            if os.getpid() != owner or sys.is_finalizing():
                 stack.pop_all()
 
 

@@ -557,6 +557,7 @@ GROUPS = (
 
 def find_commands() -> None:
     """Fill COMMANDS; the copies of ours and of BEFORE are in the current folder."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for label, source in ((OURS, pgmanager.__file__), (BEFORE, os.environ.get("BEFORE"))):
         if source:
             os.makedirs(label, exist_ok=True)
