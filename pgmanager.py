@@ -720,6 +720,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._clients: dict[int, socket.socket] = {}
         self._paused = False
         self._untended: list[str] = []
+        self._tending: dict[str, threading.Thread] = {}
         self._path_lock = NO_LOCK
         self._made: list[str] = []  # folders for the socket, the innermost first
         with _forking:
@@ -762,6 +763,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Stop listening and disconnect everyone; ``serve_forever`` has returned."""
         self._ended.set()
         self.pool.close()
+        # Who has a lock lets go of it at once, and its file can be removed; not who waits for one.
+        for row in self.pool.snapshot()[0]:
+            if row["name"] in self._tending and row["state"] != ELSEWHERE:
+                self._tending[row["name"]].join(1)
         for client in self._clients.values():
             _close(client.detach())
         del self._poller  # that closes it
@@ -866,6 +871,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _tend(self, name: str) -> None:
         """Do for a name what blocks, until the pool has it back: wait for its lock, prepare it."""
+        self._tending[name] = threading.current_thread()
         while True:
             try:
                 try:

@@ -1449,17 +1449,17 @@ def test_while_all_are_broken_all_are_told_the_first_error_and_served_after_mend
 def test_the_end_of_a_server_ends_what_prepares_with_all_its_children(
     folder: Path, path: str, command: list[str], number: int
 ) -> None:
-    file = lock_file("db0")  # all of them have it open
-    prepare = "trap 'touch asked; exit' INT; touch up; sleep 1000 & wait"
+    prepare = "trap 'touch asked; exit' INT; sleep 1000 & echo $! >> up; wait"
     words = ("-s", path, "--prefix", "db", "--prepare", prepare, *command[1:])
     with started(command[0], *words, cwd=folder, stdin=subprocess.PIPE) as process:
         wait_until((folder / "up").exists, "the preparation")
         process.send_signal(number)
         assert process.wait(DEADLINE) == (0 if command == ["serve"] else -number)
-        wait_until(lambda: not os.path.exists(file) or not is_locked(file), "its end")
+        assert not os.path.exists(lock_file(""))
+        ps = ("ps", "-ostat=", "-p", ",".join((folder / "up").read_text().split()))
+        wait_until(lambda: not subprocess.run(ps, capture_output=True).stdout.strip(b"Z\n"), "end")
         assert (folder / "asked").exists()  # psql takes its query back then
-        assert process.stderr is not None
-        assert "cannot prepare" not in process.stderr.read()
+        assert "cannot prepare" not in process.communicate()[1]
 
 
 def test_a_preparation_that_outlives_its_server_keeps_the_name_until_it_has_ended(
