@@ -341,7 +341,7 @@ class Locks:
         _close(lock)
 
     def open_ahead(self, name: str) -> None:
-        """Open the file of a name that has come free: half of what it costs to take it."""
+        """Open the file of a name that has come free: a third of what it costs to take it."""
         with contextlib.suppress(OSError):
             self.ahead[name] = self._open(self.path(name))
 
@@ -713,14 +713,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
             own = next_one.fileno() + 4  # the poller, the listener, its path's lock, a client
         if hard < self._reserve + own:
             raise UsageError(f"count too large: {len(names)} names; lower it, or raise ulimit -Hn")
-        # Of the thread in serve_forever: what it waits for, its clients by descriptor, whether it
-        # accepts no more for now, and names it has to find threads for. (With selectors, a lease
-        # takes a tenth longer.)
+        # Of the thread in serve_forever: what it waits for (selectors would take a tenth more of
+        # the processor's time), its clients by descriptor, whether it accepts no more for now, and
+        # names it has to find threads for.
         self._poller: Any = select.epoll() if LINUX else select.poll()
         self._clients: dict[int, socket.socket] = {}
         self._paused = False
         self._untended: list[str] = []
-        self._tending: dict[str, threading.Thread] = {}
+        self._tending: dict[str, threading.Thread] = {}  # by name; has it ended, it stays here
         self._path_lock = NO_LOCK
         self._made: list[str] = []  # folders for the socket, the innermost first
         with _forking:
