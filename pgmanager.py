@@ -1651,9 +1651,8 @@ class _Postgres:
         settings = [f"-c{setting}" for setting in SETTINGS]
         settings += [f"-cunix_socket_directories={_quoted(self.folder)}", *self._options]
         settings += [f"-c{setting}" for setting in LOGGING]
-        arguments = [programs, self.folder, self._kept, *settings]
-        watchdog = subprocess.Popen(
-            ["/bin/sh", "-c", WATCHDOG, "sh", *arguments],
+        watchdog: Any = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, self._kept, *settings],
             env={**self.env, "LC_ALL": "C"},  # the language of the log
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -1661,8 +1660,6 @@ class _Postgres:
             start_new_session=True,  # Ctrl-C is meant for COMMAND, which still needs it
             **self._user,
         )
-        assert watchdog.stdin is not None
-        assert watchdog.stdout is not None
         stack.callback(watchdog.wait)
         stack.callback(watchdog.stdin.close)
         log = b""
@@ -1674,7 +1671,10 @@ class _Postgres:
                 raise PostgresError(f"{said}; mend that, in --server-options or {self._base}")
             log += piece
         # Somebody has to read the log, or the server would stop when the pipe is full.
-        threading.Thread(target=collections.deque, args=(watchdog.stdout, 0), daemon=True).start()
+        threading.Thread(
+            target=lambda: collections.deque(watchdog.stdout, 0) or watchdog.stdout.close(),
+            daemon=True,
+        ).start()
 
     def fill(self, init: str | None, names: Sequence[str]) -> None:
         """Run --init in template1, which all databases are copies of; then create some."""
