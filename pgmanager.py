@@ -785,8 +785,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._untended = self.pool.start()
         self._poller.register(self.fileno(), select.POLLIN)
         while not self._ended.is_set():
-            if self._untended:
-                self._untended = [n for n in self._untended if not self._start(self._tend, n)]
+            self._untended = [name for name in self._untended if not self._start(self._tend, name)]
             # What is scarce may come back without an event, from other processes: look in a second.
             paused = self._paused
             for descriptor, _ in self._poller.poll(SECOND if paused or self._untended else None):
@@ -812,8 +811,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if error.errno in _SCARCE and not isinstance(error, BlockingIOError):
                 self._pause(error.strerror)
             return
-        own = address and os.path.basename(os.fsdecode(address).lstrip("\0"))
-        if own and own.startswith(OBSERVER):
+        if address and os.path.basename(os.fsdecode(address).lstrip("\0")).startswith(OBSERVER):
             if not self._start(self._report, client):
                 _close(client.detach())
             return
