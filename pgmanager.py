@@ -829,7 +829,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         # Connections that may still be accepted. Later clients wait in the listen backlog.
         preparations = min(len(names), processors) if prepare else 0
         reserved = len(names) + RESERVED_DESCRIPTORS + PER_PREPARATION * preparations
-        left = count_free_descriptors() - reserved
+        with open(os.devnull) as lowest_free:
+            reserved += lowest_free.fileno()
+        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - reserved
         if left < 1:
             advice = "lower --count, or raise the limit (ulimit -n)"
             raise UsageError(f"too few descriptors for {len(names)} names; {advice}")
@@ -1103,15 +1105,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         # A connection that was closed this moment has the number -1, or one that poll(2) refuses.
         numbers = [(row["name"], row["holder"].fileno()) for row in leased]
         return [name for name, of in numbers if of >= 0 and not wait_readable(of, seconds=0)]
-
-
-def count_free_descriptors() -> int:
-    """Return how many descriptors this process may still open."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        limit = 1_000_000
-    with open(os.devnull) as lowest:
-        return limit - lowest.fileno()
 
 
 def check_path_is_free(path: str) -> None:
@@ -1577,14 +1570,11 @@ def pytest_unconfigure() -> None:
         pytest_state.gather_lock = NO_LOCK
 
 
-def set_hook_options(hook: Any, **options: bool) -> None:
-    hook.pytest_impl = options
-
-
-set_hook_options(pytest_load_initial_conftests, tryfirst=True)
-set_hook_options(pytest_runtest_setup, tryfirst=True)
-set_hook_options(pytest_xdist_setupnodes, optionalhook=True)
-set_hook_options(pytest_xdist_node_collection_finished, optionalhook=True)
+hook: Any
+for hook in (pytest_load_initial_conftests, pytest_runtest_setup):
+    hook.pytest_impl = {"tryfirst": True}
+for hook in (pytest_xdist_setupnodes, pytest_xdist_node_collection_finished):
+    hook.pytest_impl = {"optionalhook": True}
 
 
 # --------------------------------------------------------------------------------- Processes
@@ -1796,6 +1786,26 @@ def get_psql_command(**variables: str) -> list[str]:
     return [program, "-XqAt", "-F\x1f", "-vON_ERROR_STOP=1", *words]
 
 
+@contextlib.contextmanager
+def temporary_files(script: str) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield files for a command's input, which is the script, its output and its errors.
+
+    Files, because a pipe would have to be read until the command's last child has ended.
+    """
+    from tempfile import TemporaryFile
+
+    with TemporaryFile() as given, TemporaryFile() as output, TemporaryFile() as errors:
+        given.write(script.encode())
+        given.seek(0)
+        yield given, output, errors
+
+
+def read_end(file: Any) -> str:
+    """Return what a command has written to a file, but not more than its last 100,000 bytes."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
+    return os.fsdecode(file.read())
+
+
 def get_reason(output: str) -> str:
     """Return the line of an output that tells most: the first error and its hint, or the last."""
     import re
@@ -1859,19 +1869,14 @@ class Preparer:
     def _run(self, name: str, lock: int) -> tuple[int, str]:
         """Run the command for a database; return its exit status and its output."""
         import subprocess
-        import tempfile
 
-        script = b""
         if self._template is not None:
             strategy = self._strategy
             command: Any = get_psql_command(name=name, template=self._template, strategy=strategy)
-            env, script = env_for("postgres", self._env), COPY_SCRIPT.encode()
+            env, script = env_for("postgres", self._env), COPY_SCRIPT
         else:
-            command, env = self._command, env_for(name, self._env)
-        # Files, not pipes: a pipe would have to be read until the command's last child has ended.
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
-            given.write(script)
-            given.seek(0)
+            command, env, script = self._command, env_for(name, self._env), ""
+        with temporary_files(script) as (given, output, _):
             with self._lock:
                 if self._is_stopped:
                     return 1, ""
@@ -1890,8 +1895,7 @@ class Preparer:
             with self._lock:
                 self._running.discard(process)
                 self._lock.notify()
-            output.seek(max(0, output.seek(0, os.SEEK_END) - 100_000))
-            return status, os.fsdecode(output.read()).strip()
+            return status, read_end(output).strip()
 
     def stop(self) -> None:
         """End what runs, with all its children; nothing is prepared any more."""
@@ -1990,6 +1994,7 @@ def find_files(pattern: str) -> dict[str, str]:
     wildcard. Hidden files and backups are left out, unless one is named itself.
     """
     import glob
+    import re
 
     if os.path.isfile(pattern):
         return {pattern: os.path.basename(pattern)}
@@ -2006,12 +2011,8 @@ def find_files(pattern: str) -> dict[str, str]:
         for below, _, names in os.walk(folder, onerror=fail):
             paths += [os.path.join(below, name) for name in names]
     found = {path: os.path.relpath(path, base or ".") for path in paths if os.path.isfile(path)}
-    return {path: name for path, name in found.items() if not is_left_out(name)}
-
-
-def is_left_out(path: str) -> bool:
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.split("/"))
-    return hidden or path.endswith(("~", ".pyc"))
+    left_out = re.compile(r"(^|/)(\.|__pycache__/)|~$|\.pyc$")
+    return {path: name for path, name in found.items() if not left_out.search(name)}
 
 
 class Templates:
@@ -2038,7 +2039,11 @@ class Templates:
             if found.get(name) and not rebuild:
                 break
             close_lock(lock)
-            lock = self._take_lock_unused(name) if rebuild else self._wait_for_lock(name)
+            try:
+                lock = take_lock(self._path(name)) if rebuild else self._wait_for_lock(name)
+            except BlockingIOError:
+                advice = "end the server that uses it first"
+                raise UsageError(f"cannot rebuild a template in use: {name}; {advice}") from None
             try:
                 _, found = self._list()  # another run may have made it while we waited
                 if rebuild or not found.get(name):
@@ -2059,13 +2064,6 @@ class Templates:
     def _wait_for_lock(self, name: str, *, shared: bool = False) -> int:
         what = f"another run, which makes the template {name}"
         return wait_for_lock(self._path(name), what, self._signals.sleep, shared=shared)
-
-    def _take_lock_unused(self, name: str) -> int:
-        try:
-            return take_lock(self._path(name))
-        except BlockingIOError:
-            advice = "end the server that uses it first"
-            raise UsageError(f"cannot rebuild a template in use: {name}; {advice}") from None
 
     def _make(self, name: str, init: Init, lock: int) -> str:
         """Make a template in full or not at all; return its name, which may be another."""
@@ -2123,19 +2121,20 @@ class Templates:
         once = [name for name in names if "template_once_" in name[len(self._prefix) :]]
         kept = sorted({*names} - {*once}, key=get_last_use, reverse=True)
         for name in [*once, *kept[MAX_KEPT - 1 :]]:
-            with contextlib.suppress(BlockingIOError):  # in use
-                lock = take_lock(self._path(name))
-                self._drop(name)
-                close_lock(lock)
+            self._drop_unused(name)
+
+    def _drop_unused(self, name: str) -> None:
+        """Drop a template unless somebody uses it or makes it."""
+        with contextlib.suppress(BlockingIOError):
+            lock = take_lock(self._path(name))
+            self._drop(name)
+            close_lock(lock)
 
     def _end_use(self, name: str, lock: int) -> None:
         """End our use of a template; drop it if it is not to be kept."""
         close_lock(lock)
         if name.startswith(f"{self._prefix}template_once_"):
-            with contextlib.suppress(BlockingIOError):
-                lock = take_lock(self._path(name))
-                self._drop(name)
-                close_lock(lock)
+            self._drop_unused(name)
 
     def _drop(self, name: str) -> None:
         """Drop a database of ours, also when a signal has ended us. If that fails, say so."""
@@ -2149,13 +2148,9 @@ class Templates:
     ) -> list[list[str]]:
         """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted."""
         import subprocess
-        import tempfile
 
         command = get_psql_command(**variables)
-        temporary = tempfile.TemporaryFile
-        with temporary() as given, temporary() as output, temporary() as errors:
-            given.write(script.encode())
-            given.seek(0)
+        with temporary_files(script) as (given, output, errors):
             options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
             options["env"] = env_for(database, self._env)
             if is_ending:
@@ -2163,11 +2158,9 @@ class Templates:
             else:
                 status = self._signals.run(command, **options)
                 self._signals.check()
-            output.seek(0)
-            errors.seek(0)
             if status:
-                raise PostgresError(get_reason(os.fsdecode(errors.read())))
-            return [line.split("\x1f") for line in os.fsdecode(output.read()).splitlines()]
+                raise PostgresError(get_reason(read_end(errors)))
+            return [line.split("\x1f") for line in read_end(output).splitlines()]
 
     def create(self, names: Iterable[str]) -> None:
         """Create empty databases on a server of our own."""
@@ -2740,18 +2733,15 @@ def serve_for_wrap(
     """
     names = get_names(args.prefix, args.count)
     preparer, folder, env = plan.carry_out(names, signals, stack, postgres)
-    may_move = args.socket is None
-    deadline = time.monotonic() + 2  # seconds, for another wrap that is just starting
-    while True:
-        if may_move and (postgres is not None or look_at_socket(path) is not None):
-            path = get_private_socket()
-        try:
-            server = stack.enter_context(serve_pool("wrap", names, preparer, path, folder))
-            break
-        except SocketInUse:
-            if not may_move or time.monotonic() > deadline:
-                raise
-            signals.sleep(0.05)
+    if postgres is not None and args.socket is None:
+        path = get_private_socket()
+    try:
+        server = stack.enter_context(serve_pool("wrap", names, preparer, path, folder))
+    except SocketInUse:
+        if args.socket is not None:
+            raise
+        path = get_private_socket()
+        server = stack.enter_context(serve_pool("wrap", names, preparer, path, folder))
     if args.verbose:
         say(describe_pool(server))
     return server, {**env}
@@ -2819,24 +2809,23 @@ def run_status(args: argparse.Namespace) -> int:
     import json
 
     path = get_socket_path(args.socket)
-    is_named = args.socket is not None or {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys()
-    documents = []
-    for each in [path] if is_named else dict.fromkeys([path, *get_server_sockets()]):
-        try:
-            document = observe(each)
-        except ServerError:
-            if is_named:
-                raise
-        else:
-            if document is None and each == path:
-                advice = "its server was stopped, or has too many clients; set PGM_SOCKET"
-                raise ServerError(f"no status to be had: {path}; {advice}")
-            documents += [document] if document else []
+    try:
+        answers = [observe(path)]
+    except ServerError:
+        if args.socket is not None or {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
+            raise
+        answers = []
+        for each in get_server_sockets():
+            with contextlib.suppress(ServerError):  # it has ended
+                answers.append(observe(each))
+        if not answers:
+            raise
+    documents = [answer for answer in answers if answer is not None]
     if not documents:
-        advice = "start one with 'pgmanager serve', or run a command under 'pgmanager wrap'"
-        raise ServerError(f"no server at the socket: {path}, and no other of yours; {advice}")
+        advice = "it was stopped, or has too many clients; continue it, or set PGM_SOCKET"
+        raise ServerError(f"no status to be had from the server: {path}; {advice}")
     if args.json:
-        text = "\n".join(json.dumps(document, indent=2) for document in documents)
+        text = json.dumps(documents if len(documents) > 1 else documents[0], indent=2)
     else:
         text = "\n\n".join(map(format_status, documents))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `status | head`: end quietly
