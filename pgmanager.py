@@ -33,6 +33,7 @@ from __future__ import annotations
 import socket
 import sys
 
+# Python 3.8 prints this line too; older ones stop at the syntax below.
 unusable = ""
 if sys.version_info < (3, 9):  # noqa: UP036
     unusable = "this Python is too old: {}.{}; use 3.9 or newer".format(*sys.version_info)
@@ -2362,9 +2363,11 @@ class Postgres:
                 break
         stack.callback(self._remove, self.folder)  # if the watchdog was killed
         stack.callback(os.close, alive)
+        os.mkdir(f"{self.folder}/locks")
         programs = self._programs
         if self._user:
-            os.chown(self.folder, self._user["user"], self._user["group"])
+            for folder in (self.folder, f"{self.folder}/locks"):  # the watchdog removes them
+                os.chown(folder, self._user["user"], self._user["group"])
             programs = copy_within_reach(programs, self.folder)
         settings = [f"-c{setting}" for setting in SETTINGS]
         settings += [f"-cunix_socket_directories={quote_identifier(self.folder)}", *self.options]
@@ -2525,7 +2528,6 @@ class Plan:
         else:
             postgres.start(stack, key)
             env, strategy, folder = postgres.env, postgres.strategy, f"{postgres.folder}/locks"
-            os.mkdir(folder)
         templates = Templates(prefix, folder, env, strategy, signals)
         self.template = self.value if self.kind == "template" else ""
         if init:
