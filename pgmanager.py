@@ -642,6 +642,7 @@ class Pool:
         """Note that another process has the lock of a name: a worker thread now waits for it."""
         with self._lock:
             self._enter(self._databases[name], ELSEWHERE)
+            self._match()  # a waiter may need another name instead
 
     def offer(self, name: str, lock: int, is_unused: bool) -> bool:
         """Take a name from a worker thread that has locked it; grant it or make it free.
