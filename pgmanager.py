@@ -266,7 +266,7 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
     if "PGSERVICE" in env:
         advice = "set PGHOST, PGPORT and PGUSER instead"
         raise UsageError(f"PGSERVICE is set: libpq lets a service win over PGDATABASE; {advice}")
-    if env.get("PGCLUSTER") and not (env.get("PGHOST") or env.get("PGHOSTADDR")):
+    if "PGCLUSTER" in env and "PGHOST" not in env:  # as pg_wrapper(1) looks at them
         advice = "set PGHOST and PGPORT instead"
         raise UsageError(f"PGCLUSTER is set: only Debian's own psql knows where it leads; {advice}")
     get_ports(env)
