@@ -305,7 +305,8 @@ def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
     user, _, password = (url["login"] or "").partition(":")
     hosts, ports = [], []
     for entry in url["hosts"].split(","):
-        match = re.fullmatch(r"(\[[^]]*\]|[^][:]*)(?::(\d*))?", entry)
+        # At most five digits: more are not a port, but a password with "/", and not to be shown.
+        match = re.fullmatch(r"(\[[^]]*\]|[^][:]*)(?::(\d{0,5}))?", entry)
         if match is None:
             advice = "give host:port, with % and two digits for special characters in a password"
             raise UsageError(f"cannot read DATABASE_URL: its host or its port is wrong; {advice}")
