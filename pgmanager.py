@@ -1411,7 +1411,7 @@ def explain_wait(path: str, since: float, what: str) -> str:
     holders = [row["pid"] for row in status["databases"]]
     advice = "raise --count on the server, or the timeout"
     if None not in holders and {*holders} <= {waiter["pid"] for waiter in queue}:
-        advice = "every holder waits for another database itself: raise --count on the server"
+        advice = "every process that has one waits for another itself: raise --count on the server"
     held = [
         f"{row['name']} {row['state']} for {format_seconds(row['seconds'])} {describe(row)[:80]}"
         for row in status["databases"]
