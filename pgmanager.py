@@ -1459,7 +1459,7 @@ pytest_state = PytestState()
 
 
 @contextlib.contextmanager
-def pytest_errors(config: Any) -> Iterator[None]:
+def show_errors(config: Any) -> Iterator[None]:
     """Let pytest print our errors as its own, in one line; and let our messages be seen."""
     import pytest
 
@@ -1491,7 +1491,7 @@ def pytest_load_initial_conftests(early_config: Any) -> None:
             del os.environ["PYTEST_PLUGINS"]
     distributes = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
     is_controller = plugins is None and distributes and not options.usepdb
-    with pytest_errors(early_config):
+    with show_errors(early_config):
         if is_controller or not runs_tests(options):
             # The controller reads the conftests too, and an application may want PGDATABASE then.
             pytest_state.is_controller = bool(is_controller)
@@ -1514,7 +1514,7 @@ def pytest_sessionstart(session: Any) -> None:
     config = session.config
     distributes = config.pluginmanager.hasplugin("dsession")
     if pytest_state.is_controller and not distributes and runs_tests(config.option):
-        with pytest_errors(config):
+        with show_errors(config):
             lease_for_pytest()
 
 
@@ -1539,7 +1539,7 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
         spec.env["PYTEST_PLUGINS"] = ",".join(filter(None, (__name__, plugins)))
     if not runs_tests(config.option):
         return
-    with pytest_errors(config):
+    with show_errors(config):
         path = get_socket_path()
         status = observe(path)
         if status is None:  # through ssh's forwarding nobody can observe
