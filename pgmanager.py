@@ -865,8 +865,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def server_bind(self) -> None:
         """Bind the socket, in place of a dead one. Raises SocketError if the path is in use.
 
-        Whoever has the lock of the path may replace a dead socket there. A private socket needs no
-        lock: its name has our process id.
+        Whoever has the lock of the path may replace a dead socket there.
         """
         folder, file = os.path.split(self.path)
         try:
@@ -875,9 +874,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._made_folders.append(folder)
                 folder = os.path.dirname(folder)
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            if self.path != get_private_socket():
-                folder = os.path.realpath(os.path.dirname(self.path))  # links have other spellings
-                self._path_lock = take_lock(get_socket_lock_file(f"{folder}/{file}"))
+            folder = os.path.realpath(os.path.dirname(self.path))  # links have other spellings
+            self._path_lock = take_lock(get_socket_lock_file(f"{folder}/{file}"))
             self._has_path = True
             remove_dead_socket(self.path)
             # On Linux the socket then has this mode from the first moment; macOS ignores it.
