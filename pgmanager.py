@@ -2031,27 +2031,37 @@ class Templates:
         Whoever uses a template holds a shared lock of its name; whoever makes or drops it holds an
         exclusive one. So any number of runs make it once.
         """
-        role, _ = self._list()
+        role, found = self._list()
         name = init.get_template_name(self._prefix, role)
         is_made = False
         while True:
-            lock = self._wait_for_lock(name, shared=True)
-            _, found = self._list()
             if found.get(name) and not rebuild:
-                break
-            close_lock(lock)
+                lock = self._wait_for_lock(name)
+                _, found = self._list()  # it may have been dropped before we had the lock
+                if found.get(name):
+                    break
+                close_lock(lock)
             try:
-                lock = take_lock(self._path(name)) if rebuild else self._wait_for_lock(name)
+                lock = take_lock(self._path(name))
             except BlockingIOError:
-                advice = "end the server that uses it first"
-                raise UsageError(f"cannot rebuild a template in use: {name}; {advice}") from None
-            try:
-                _, found = self._list()  # another run may have made it while we waited
-                if rebuild or not found.get(name):
-                    name = self._make(name, init, lock)
-                    is_made, rebuild = True, False
-            finally:
-                unlock(lock)  # what init has left in the background has a copy
+                if rebuild:
+                    advice = "end the server that uses it first"
+                    problem = f"cannot rebuild a template in use: {name}"
+                    raise UsageError(f"{problem}; {advice}") from None
+                # Not for an exclusive lock: once the template is made, its maker uses it, and so
+                # keeps a shared lock until its end.
+                say_once(f"waiting for another run, which makes or uses the template {name}")
+                close_lock(self._wait_for_lock(name, patience=MAX_TIMEOUT))
+                self._signals.sleep(0.1)
+            else:
+                try:
+                    _, found = self._list()  # another run may have made it while we looked
+                    if rebuild or not found.get(name):
+                        name = self._make(name, init, lock)
+                        is_made, rebuild = True, False
+                finally:
+                    unlock(lock)  # what init has left in the background has a copy
+            _, found = self._list()
         if not is_made:
             say(f"template {name} was found")
         os.utime(self._path(name))
@@ -2062,9 +2072,10 @@ class Templates:
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, escape(name))
 
-    def _wait_for_lock(self, name: str, *, shared: bool = False) -> int:
+    def _wait_for_lock(self, name: str, patience: float = 0) -> int:
+        """Take the shared lock of a template, once nobody makes or drops it."""
         what = f"another run, which makes the template {name}"
-        return wait_for_lock(self._path(name), what, self._signals.sleep, shared=shared)
+        return wait_for_lock(self._path(name), what, self._signals.sleep, patience, shared=True)
 
     def _make(self, name: str, init: Init, lock: int) -> str:
         """Make a template in full or not at all; return its name, which may be another."""
