@@ -1936,15 +1936,15 @@ class Init:
         """Return a hash of the text and of the files, wherever the checkout is."""
         import hashlib
 
-        files = {} if not self.is_file else {self.text: os.path.basename(self.text)}
+        files = {(self.text, os.path.basename(self.text))} if self.is_file else set()
         for pattern in self._depends:
             found = find_files(pattern)
             if not found:
                 raise UsageError(f"bad depends: no file matches: {pattern!r}; correct the path")
-            files.update(found)
-        self.sources = sorted(files)
+            files.update(found.items())
+        self.sources = sorted({path for path, _ in files})
         parts = []
-        for path, name in files.items():
+        for path, name in files:
             try:
                 with open(path, "rb") as file:
                     parts.append(f"{name}\0{hashlib.sha256(file.read()).hexdigest()}")
