@@ -1974,8 +1974,11 @@ def check_sql_file(path: str) -> bool:
     """Tell whether an SQL file may read other files; UsageError if it leaves its database."""
     import re
 
-    with open(path, "rb") as file:
-        text = file.read()
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        raise UsageError(f"bad init: cannot read: {path}: {error.strerror}; correct it") from None
     # What COPY reads from the file itself is not SQL.
     text = re.sub(rb"(?ims)^copy\b[^;]*\bfrom stdin\b[^;]*;.*?^\\\.$", b"", text)
     leaving = re.search(
