@@ -1768,7 +1768,7 @@ LIST_SCRIPT = f"""
 SET client_encoding = UTF8;
 SELECT current_user;
 SELECT datname, datistemplate AND NOT datallowconn FROM pg_database
-WHERE starts_with(datname, :'prefix') AND {IS_OURS};
+WHERE starts_with(datname, :'prefix') AND {IS_OURS} AND pg_has_role(datdba, 'USAGE');
 """
 
 COUNT_TABLES_SCRIPT = """
