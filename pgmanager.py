@@ -1735,6 +1735,7 @@ COMMENT ON DATABASE :"name" IS '{COMMENT}, which drops it without asking';
 # becomes a literal, because SQL has no identifier that is empty.
 COPY_SCRIPT = f"""{CREATE_SCRIPT}
 \\set ON_ERROR_STOP 0
+\\set ECHO errors
 SELECT format('ALTER %s SET %I TO %s',
     CASE setrole WHEN 0 THEN format('DATABASE %I', :'name')
         ELSE format('ROLE %I IN DATABASE %I', pg_get_userbyid(setrole), :'name') END,
@@ -1847,6 +1848,8 @@ class Preparer:
 
     def prepare(self, name: str, lock: int) -> str | None:
         """Prepare a database; return None, or the reason why that failed. Blocks until then."""
+        import re
+
         try:
             with self._processors:
                 status, output = self._run(name, lock)
@@ -1856,7 +1859,9 @@ class Preparer:
             return "the server ends"
         if status == 0:
             if self._template is not None and "ERROR:" in output:
-                say_once(f"a setting of the template is not copied: {get_reason(output)}")
+                skipped = re.findall(r"(?m)^STATEMENT:  ALTER .*? SET (\S+) TO ", output)
+                problem = f"the template's settings {', '.join(sorted({*skipped}))} are not copied"
+                say_once(f"{problem}: {get_reason(output)}")
             return None
         reason = f"cannot prepare {name}: exit status {status}: {get_reason(output)}"
         if "was not made by pgmanager" in output:
