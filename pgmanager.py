@@ -52,6 +52,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import os
 import queue
 import resource
@@ -1134,9 +1135,9 @@ def remove_dead_socket(path: str) -> None:
     raise SocketInUse(f"socket is in use: {path}; end what serves there, or choose another")
 
 
-def get_private_socket() -> str:
-    """Return the path for the socket of a wrap that has no other."""
-    return f"{get_private_folder()}/wrap-{os.getpid()}.sock"
+def get_private_sockets() -> Iterator[str]:
+    """Yield paths for the socket of a wrap: the first one that is not in use is to be taken."""
+    return (f"{get_private_folder()}/wrap-{number}.sock" for number in itertools.count(1))
 
 
 def get_socket_lock_file(path: str) -> str:
@@ -2039,37 +2040,32 @@ class Templates:
         Whoever uses a template holds a shared lock of its name; whoever makes or drops it holds an
         exclusive one. So any number of runs make it once.
         """
-        role, found = self._list()
+        role, _ = self._list()
         name = init.get_template_name(self._prefix, role)
         is_made = False
         while True:
+            lock = self._wait_for_shared_lock(name)
+            _, found = self._list()
             if found.get(name) and not rebuild:
-                lock = self._wait_for_lock(name)
-                _, found = self._list()  # it may have been dropped before we had the lock
-                if found.get(name):
-                    break
-                close_lock(lock)
+                break
+            close_lock(lock)
             try:
                 lock = take_lock(self._path(name))
             except BlockingIOError:
-                if rebuild:
-                    advice = "end the server that uses it first"
+                # Another run makes the template, looks as we do, or uses it: so look again. We
+                # must not wait for this lock, since who has made a template goes on to use it.
+                if rebuild and found.get(name):
                     problem = f"cannot rebuild a template in use: {name}"
-                    raise UsageError(f"{problem}; {advice}") from None
-                # Not for an exclusive lock: once the template is made, its maker uses it, and so
-                # keeps a shared lock until its end.
-                say_once(f"waiting for another run, which makes or uses the template {name}")
-                close_lock(self._wait_for_lock(name, patience=MAX_TIMEOUT))
-                self._signals.sleep(0.1)
-            else:
-                try:
-                    _, found = self._list()  # another run may have made it while we looked
-                    if rebuild or not found.get(name):
-                        name = self._make(name, init, lock)
-                        is_made, rebuild = True, False
-                finally:
-                    unlock(lock)  # what init has left in the background has a copy
-            _, found = self._list()
+                    raise UsageError(f"{problem}; end the server that uses it first") from None
+                self._signals.sleep(0.05)
+                continue
+            try:
+                _, found = self._list()  # another run may have made it meanwhile
+                if rebuild or not found.get(name):
+                    name = self._make(name, init, lock)
+                    is_made, rebuild = True, False
+            finally:
+                unlock(lock)  # what init has left in the background has a copy
         if not is_made:
             say(f"template {name} was found")
         os.utime(self._path(name))
@@ -2080,10 +2076,10 @@ class Templates:
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, escape(name))
 
-    def _wait_for_lock(self, name: str, patience: float = 0) -> int:
-        """Take the shared lock of a template, once nobody makes or drops it."""
+    def _wait_for_shared_lock(self, name: str) -> int:
+        """Wait until no other run makes or drops a template; return a shared lock of its name."""
         what = f"another run, which makes the template {name}"
-        return wait_for_lock(self._path(name), what, self._signals.sleep, patience, shared=True)
+        return wait_for_lock(self._path(name), what, self._signals.sleep, shared=True)
 
     def _make(self, name: str, init: Init, lock: int) -> str:
         """Make a template in full or not at all; return its name, which may be another."""
@@ -2754,15 +2750,14 @@ def serve_for_wrap(
     """
     names = get_names(args.prefix, args.count)
     preparer, folder, env = plan.carry_out(names, signals, stack, postgres)
-    if postgres is not None and args.socket is None:
-        path = get_private_socket()
-    try:
-        server = stack.enter_context(serve_pool("wrap", names, preparer, path, folder))
-    except SocketInUse:
-        if args.socket is not None:
-            raise
-        path = get_private_socket()
-        server = stack.enter_context(serve_pool("wrap", names, preparer, path, folder))
+    is_private = postgres is not None and args.socket is None
+    for each in itertools.chain(() if is_private else (path,), get_private_sockets()):
+        try:
+            server = stack.enter_context(serve_pool("wrap", names, preparer, each, folder))
+            break
+        except SocketInUse:
+            if args.socket is not None:
+                raise
     if args.verbose:
         say(describe_pool(server))
     return server, {**env}
