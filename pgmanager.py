@@ -2040,32 +2040,33 @@ class Templates:
         Whoever uses a template holds a shared lock of its name; whoever makes or drops it holds an
         exclusive one. So any number of runs make it once.
         """
-        role, _ = self._list()
+        role, found = self._list()
         name = init.get_template_name(self._prefix, role)
         is_made = False
         while True:
-            lock = self._wait_for_shared_lock(name)
-            _, found = self._list()
             if found.get(name) and not rebuild:
-                break
-            close_lock(lock)
+                lock = self._wait_for_shared_lock(name)
+                _, found = self._list()  # it may have been dropped before we had the lock
+                if found.get(name):
+                    break
+                close_lock(lock)
             try:
                 lock = take_lock(self._path(name))
             except BlockingIOError:
-                # Another run makes the template, looks as we do, or uses it: so look again. We
-                # must not wait for this lock, since who has made a template goes on to use it.
                 if rebuild and found.get(name):
                     problem = f"cannot rebuild a template in use: {name}"
                     raise UsageError(f"{problem}; end the server that uses it first") from None
-                self._signals.sleep(0.05)
-                continue
-            try:
-                _, found = self._list()  # another run may have made it meanwhile
-                if rebuild or not found.get(name):
-                    name = self._make(name, init, lock)
-                    is_made, rebuild = True, False
-            finally:
-                unlock(lock)  # what init has left in the background has a copy
+                # Wait only while another run makes it. Afterwards that run uses it.
+                close_lock(self._wait_for_shared_lock(name))
+            else:
+                try:
+                    _, found = self._list()  # another run may have made it before we had the lock
+                    if rebuild or not found.get(name):
+                        name = self._make(name, init, lock)
+                        is_made, rebuild = True, False
+                finally:
+                    unlock(lock)  # what init has left in the background has a copy
+            _, found = self._list()
         if not is_made:
             say(f"template {name} was found")
         os.utime(self._path(name))
