@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Exclusive PostgreSQL databases for parallel tests.
 
-Test suites run in many processes at once, and transactions do not isolate sequences, extensions,
-advisory locks, DDL, or tests that commit. So every test process needs a database of its own. This
-file is a small server that hands out the names of databases: a process connects to its UNIX socket
-and is told a name, and when the process disconnects, the name goes to the next one in line.
+Test suites run in many processes at once. A transaction that is rolled back does not keep them
+apart: sequences and advisory locks are not rolled back, DDL blocks other tests, and some tests
+commit. So every test process needs a database of its own. This file is a small server that hands
+out the names of databases. A process connects to its UNIX socket and is told a name. When the
+process disconnects, the name goes to the next process in line. By default the databases must
+exist already; with --init or --template each lease gets a fresh copy, and with --ephemeral no
+PostgreSQL is needed beforehand.
 
     python -m pgmanager serve --prefix app_test_     # hand out names until Ctrl-C
     pgmanager wrap -- make test                      # serve while a command runs
@@ -13,19 +16,21 @@ and is told a name, and when the process disconnects, the name goes to the next 
     python tools/pgmanager.py wrap -- pytest -n 8    # this file alone, copied
 
 The protocol. A client connects and sends nothing. When a name is free for it, the server writes
-``OK:<name>``, without a newline, at most 1,024 bytes. The connection is the lease: it ends by exit,
-crash or kill. ``EMPTY:<reason>`` and a closed connection mean that no name can come now. On Linux
-the message carries a descriptor: the lock of the name. A client whose own end is bound to an
-address called pgmanager-observer... gets the status as JSON, and no lease.
+``OK:<name>``, without a newline, at most 1,024 bytes. The lease lasts as long as the connection, so
+it ends when the client exits, crashes or is killed. ``EMPTY:<reason>`` and a closed connection mean
+that no name can come now. On Linux the server also sends a descriptor (SCM_RIGHTS), which holds the
+lock of the name. A client that binds its own end to a name that begins with pgmanager-observer gets
+the status as JSON, and no lease.
 
-What always holds. No name has two holders, whatever is killed and however many servers of one user
-run. No name is lost. First come, first served. A crash never prevents the next start. A database
-that pgmanager did not make is never dropped.
+What always holds. On one Linux machine a name never has two holders, whatever is killed and however
+many servers of one user serve the same port of PostgreSQL. (Without the lock, on macOS and through
+ssh, that is so as long as the server lives.) No name is lost. One server serves its clients in the
+order of their arrival. A crash never prevents the next start. A database that pgmanager did not
+make is never dropped.
 
 How to read this file. Each section uses only what stands above it: Errors, Configuration, Locks,
-Pool, Server, Client, Processes, Databases, Commands, Parser. The way of one client is
-Server.get_request, process_request, Pool.acquire, Handler.handle, Server.close_request,
-Pool.release.
+Pool, Server, Client, Processes, Databases, Commands, Parser. The section Server begins with the
+way of one client through the code.
 """
 
 from __future__ import annotations
@@ -52,9 +57,11 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import itertools
 import os
 import queue
+import re
 import resource
 import select
 import signal
@@ -69,7 +76,6 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterato
 TYPE_CHECKING = False  # as typing has it, whose import takes long; type checkers know this name
 if TYPE_CHECKING:
     import argparse
-    import re
     import subprocess
     from typing import Any
 
@@ -85,9 +91,12 @@ LINUX = sys.platform == "linux"
 
 
 class Error(Exception):
-    """The base of all errors here. One line: what failed, the value, and what to do."""
+    """The base class. The text is one line: what failed, its value, and what to do about it."""
 
-    exit_status = 125  # as env(1) and timeout(1) have it for a failure of their own
+    exit_status = 125  # env(1) and timeout(1) use it for failures of their own
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem}; {advice}" if advice else problem)
 
 
 class UsageError(Error, ValueError):
@@ -101,7 +110,7 @@ class ServerError(Error, ConnectionError):
 
 
 class PoolBroken(ServerError):
-    """No name can come: every database of the pool is broken, or the server has no thread left."""
+    """The server cannot give any name: every database is broken, or it has no thread left."""
 
 
 class AcquireTimeout(Error, TimeoutError):
@@ -109,11 +118,11 @@ class AcquireTimeout(Error, TimeoutError):
 
 
 class SocketError(Error):
-    """The socket cannot be served on: the path is in use or cannot be used."""
+    """The server cannot listen at this path."""
 
 
 class SocketInUse(SocketError):
-    """Another program serves on the socket, or begins to."""
+    """Another process listens at this path, or is about to."""
 
 
 class LockError(Error):
@@ -124,7 +133,7 @@ class PostgresError(Error, RuntimeError):
     """PostgreSQL, or a command that fills a database, failed."""
 
 
-# The system is short of processes, descriptors or memory: fork(2) and accept(2).
+# accept(2) has these errors if the system is short of descriptors or memory.
 SCARCITY = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -134,17 +143,19 @@ class CommandError(Error):
     def __init__(self, program: str, error: OSError) -> None:
         import shutil
 
-        # EACCES may come from a folder on PATH. If no folder has the program, it was not found.
-        if error.errno == errno.ENOENT or not ("/" in program or shutil.which(program, os.F_OK)):
+        # EACCES may only mean that a folder on PATH cannot be read. Search again to be sure.
+        exists = "/" in program or shutil.which(program, os.F_OK)
+        self.exit_status = 126
+        if error.errno == errno.ENOENT or (error.errno == errno.EACCES and not exists):
             self.exit_status, reason = 127, "not found; check its spelling, PATH and its #! line"
             if " " in program:
                 reason = "not found; if it is a line for the shell, put sh -c before it"
         elif error.errno == errno.ENOEXEC:
-            self.exit_status, reason = 126, "not a program; begin the script with a line #!/bin/sh"
-        elif error.errno in SCARCITY:
-            reason = f"{error.strerror}; try again with less load"
+            reason = "not a program; begin the script with a line #!/bin/sh"
+        elif error.errno == errno.EACCES:
+            reason = f"{error.strerror}; make it executable"
         else:
-            self.exit_status, reason = 126, f"{error.strerror}; make it executable"
+            self.exit_status, reason = Error.exit_status, f"{error.strerror}; try with less load"
         super().__init__(f"cannot run: {program!r}: {reason}")
 
 
@@ -186,7 +197,7 @@ def get_socket_path(given: str | None = None) -> str:
     size = len(os.fsencode(path))
     if size > MAX_PATH_BYTES:
         problem = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
-        raise UsageError(f"{problem}; choose a shorter one, such as /tmp/pgm.sock")
+        raise UsageError(problem, "choose a shorter one, such as /tmp/pgm.sock")
     return path
 
 
@@ -207,7 +218,7 @@ def check_name_length(name: str, advice: str) -> None:
     size = len(os.fsencode(name))
     if size > MAX_NAME_BYTES:
         problem = f"database name too long: {name}: {size} bytes, {MAX_NAME_BYTES} allowed"
-        raise UsageError(f"{problem}; {advice}")
+        raise UsageError(problem, advice)
 
 
 def parse_number(text: str, what: str, source: str = "") -> int:
@@ -227,7 +238,7 @@ def get_timeout(given: float | str | None = None) -> float | None:
     raise UsageError(f"bad timeout: {text!r}{source}; give seconds, from 0 to {MAX_TIMEOUT}")
 
 
-# Where PostgreSQL is. DATABASE_URL, PGSERVICE and PG* can each lead to another server. env_for()
+# Where PostgreSQL is. DATABASE_URL, PGSERVICE and PG* can each name another server. env_for()
 # decides once, for everything that we run.
 
 # The parameters of a URL that libpq also reads from the environment, and the variables: PG and
@@ -244,8 +255,9 @@ VARIABLES.update(connect_timeout="PGCONNECT_TIMEOUT", application_name="PGAPPNAM
 def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for a program that works in a database.
 
-    In it, psql, libpq and every reader of DATABASE_URL meet the same server and this database. It
-    is made from ``env`` (by default ours). Raises UsageError for settings that may lead elsewhere.
+    With it, psql, libpq and programs that read DATABASE_URL connect to the same server, and to this
+    database. It is made from ``env``, by default from ours. Raises UsageError for settings with
+    which some program would connect to another server or database.
     """
     from urllib.parse import quote
 
@@ -254,7 +266,7 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
         url = split_url(env["DATABASE_URL"])
         parameters = get_url_parameters(url)
         if "service" in parameters:
-            raise UsageError("DATABASE_URL names a service, whose settings would win; put the host")
+            raise UsageError("DATABASE_URL has a service", "give its host and port instead")
         if "host" in parameters and "hostaddr" not in parameters:
             env.pop("PGHOSTADDR", None)  # it would win over the URL's host
         known = parameters.keys() & VARIABLES.keys()
@@ -265,12 +277,12 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
         path = quote(os.fsencode(database), safe="")
         env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}"
     if "PGSERVICE" in env:
-        advice = "set PGHOST, PGPORT and PGUSER instead"
-        raise UsageError(f"PGSERVICE is set: libpq lets a service win over PGDATABASE; {advice}")
+        problem = "PGSERVICE is set, and a service overrides PGHOST and PGDATABASE"
+        raise UsageError(problem, "unset it, and set PGHOST, PGPORT and PGUSER instead")
     if "PGCLUSTER" in env and "PGHOST" not in env:  # as pg_wrapper(1) looks at them
-        advice = "set PGHOST and PGPORT instead"
-        raise UsageError(f"PGCLUSTER is set: only Debian's own psql knows where it leads; {advice}")
-    get_ports(env)
+        problem = "PGCLUSTER is set, and only Debian's psql understands it"
+        raise UsageError(problem, "unset it, and set PGHOST and PGPORT instead")
+    get_ports(env)  # raises UsageError for a port that is no number
     return env
 
 
@@ -281,9 +293,7 @@ def get_ports(env: Mapping[str, str]) -> str:
 
 
 def split_url(url: str) -> re.Match[str]:
-    """Split a PostgreSQL URL where libpq does. Errors do not show it: it may have a password."""
-    import re
-
+    """Split a PostgreSQL URL as libpq does. Errors never show the URL, because of passwords."""
     match = re.fullmatch(
         r"(?P<scheme>(?:postgres(?:ql)?|postgis)(?:\+\w+)?)://"  # SQLAlchemy adds +driver
         r"(?P<server>(?:(?P<login>[^@/]*)@)?(?P<hosts>[^/?]*))"
@@ -295,14 +305,12 @@ def split_url(url: str) -> re.Match[str]:
         scheme = re.match(r"[A-Za-z][\w+.:-]*(?=://)", url)
         problem = f"its scheme is {scheme[0]!r}" if scheme else "it is no URL"
         advice = "correct it to postgresql://user:password@host:port/database, or unset it"
-        raise UsageError(f"cannot read DATABASE_URL: {problem}; {advice}")
+        raise UsageError(f"cannot read DATABASE_URL: {problem}", advice)
     return match
 
 
 def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
     """Return a URL's connection parameters by their libpq keywords."""
-    import re
-
     user, _, password = (url["login"] or "").partition(":")
     hosts, ports = [], []
     for entry in url["hosts"].split(","):
@@ -310,10 +318,10 @@ def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
         match = re.fullmatch(r"(\[[^]]*\]|[^][:]*)(?::(\d{0,5}))?", entry)
         if match is None:
             advice = "give host:port, with % and two digits for special characters in a password"
-            raise UsageError(f"cannot read DATABASE_URL: its host or its port is wrong; {advice}")
+            raise UsageError("cannot read DATABASE_URL: its host or its port is wrong", advice)
         hosts.append(match[1].strip("[]"))
         ports.append(match[2] or "")
-    if len(hosts) > 1:  # libpq would not ask PGPORT for a port that is missing in a list
+    if len(hosts) > 1:  # with several hosts, libpq uses 5432 for a missing port, not PGPORT
         ports = [port or "5432" for port in ports]
     parts = {"user": user, "password": password, "host": ",".join(hosts), "port": ",".join(ports)}
     parameters = {keyword: decode(value) for keyword, value in parts.items() if value}
@@ -328,12 +336,11 @@ def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
 
 def decode(text: str) -> str:
     """Decode percent-encoding as libpq does: a plus stays a plus."""
-    import re
     from urllib.parse import unquote_to_bytes
 
     if re.search("%(?![0-9A-Fa-f]{2})|%00|\0", text):
-        advice = "write a percent sign as %25"
-        raise UsageError(f"cannot read DATABASE_URL: a % without two hex digits; {advice}")
+        problem = "cannot read DATABASE_URL: a % without two hex digits"
+        raise UsageError(problem, "write a percent sign as %25")
     return os.fsdecode(unquote_to_bytes(text))
 
 
@@ -348,12 +355,12 @@ def wait_readable(*files: Any, seconds: float | None = None) -> list[int]:
 def say(text: str) -> None:
     """Print a line on stderr, unless that would block: a message must never stop a server.
 
-    Not through sys.stderr, which keeps what could not be written and fails with it at exit. A
-    pipe that select() calls writable takes 4,096 bytes at once (PIPE_BUF, pipe(7)).
+    It does not use sys.stderr, which buffers unwritten text and raises an error at exit. A pipe
+    that select() calls writable takes 4,096 bytes at once (PIPE_BUF, pipe(7)).
     """
     with contextlib.suppress(OSError):  # a closed stderr
         if sys.stderr is not None and select.select([], [2], [], 0)[1]:
-            os.write(2, f"pgmanager: {text}\n".encode(errors="surrogateescape")[-4096:])
+            os.write(2, f"pgmanager: {text}".encode(errors="surrogateescape")[:4095] + b"\n")
 
 
 say_once = functools.cache(say)  # the same text is printed once
@@ -362,15 +369,17 @@ say_once = functools.cache(say)  # the same text is printed once
 # ------------------------------------------------------------------------------------- Locks
 #
 # The kernel keeps a lock (flock(2)) as long as any copy of its descriptor is open, in any process.
-# So a lease outlives the server: the client has a copy. We release a lease by closing our copy,
-# never with LOCK_UN, which would unlock all copies. We never remove a lock file.
+# A client has a copy of its name's lock, so a lease outlives the server. To end a lease we close
+# our copy: LOCK_UN would also unlock the client's. To end a preparation we do use LOCK_UN, because
+# processes that the command left in the background must lose the lock. We never remove a lock
+# file, but somebody else may.
 
 NO_LOCK = -1  # in place of a descriptor
-SOCKETS = "sockets"  # the folder of the lock files for the paths of sockets
+SOCKET_LOCKS = "sockets"  # the folder of the lock files for the paths of sockets
 
-# What this process has open as a server: locks, its listener and its clients. A forked child
-# closes its copies. fork_lock is held while a descriptor is opened and recorded, and during
-# fork(), so a child knows every descriptor that it must close. Nothing that blocks runs under it.
+# The open descriptors of servers in this process. A forked child closes its copies. fork_lock makes
+# "open and record" one step and is held during fork(), so a child knows them all. Nothing that
+# blocks runs under it.
 fork_lock = threading.Lock()
 open_locks: set[int] = set()
 open_sockets: set[socket.socket] = set()
@@ -386,28 +395,33 @@ def install_fork_hooks() -> None:
 
 
 def close_copies_in_child() -> None:
-    """Close the server's descriptors in a forked child, or it would keep leases and the socket."""
-    for lock in open_locks:
-        os.close(lock)
-    for connection in open_sockets:
-        connection.close()
-    open_locks.clear()
-    open_sockets.clear()
-    fork_lock.release()
+    """Close the servers' descriptors in a forked child, or it would keep leases and sockets."""
+    try:
+        for lock in open_locks:
+            os.close(lock)
+        for connection in open_sockets:
+            connection.close()
+    finally:
+        open_locks.clear()
+        open_sockets.clear()
+        fork_lock.release()
 
 
 def get_private_folder(uid: int | None = None) -> str:
-    """Return a user's folder of ours, made if missing; LockError if others can write there."""
+    """Return pgmanager's private folder of a user, made if it is missing.
+
+    Raises LockError if it is no folder, has another owner, or is open to others.
+    """
     uid = os.geteuid() if uid is None else uid
     folder = f"/tmp/pgmanager-{uid}"
     if not os.path.isdir("/tmp"):
-        raise LockError("cannot lock: no folder /tmp, where all servers meet; make it")
+        raise LockError("cannot lock: there is no folder /tmp", "make it: all servers meet there")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
         os.chown(folder, uid, -1)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o077:
-        raise LockError(f"cannot lock: {folder} is not a folder of user {uid} alone; remove it")
+        raise LockError(f"cannot lock: {folder} is no folder of user {uid} alone", "remove it")
     return folder
 
 
@@ -423,10 +437,17 @@ def take_lock(path: str, *, shared: bool = False, wait: bool = False) -> int:
     """
     mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
-        lock = open_lock_file(path)
+        try:
+            with fork_lock:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                open_locks.add(lock)
+        except FileNotFoundError:
+            os.mkdir(os.path.dirname(path), 0o700)
+            continue
         try:
             fcntl.flock(lock, mode)
-            # Someone may have deleted the file while we waited. Then others lock another file.
+            # After flock(), check that the path still leads to this file: somebody may have deleted
+            # it while we waited. Then others lock another file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), os.stat(path)):
                     return lock
@@ -434,19 +455,6 @@ def take_lock(path: str, *, shared: bool = False, wait: bool = False) -> int:
             close_lock(lock)
             raise
         close_lock(lock)
-
-
-def open_lock_file(path: str) -> int:
-    while True:
-        try:
-            with fork_lock:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                open_locks.add(lock)
-                return lock
-        except FileNotFoundError:
-            if not path.startswith(get_private_folder()):
-                raise  # the folder of a PostgreSQL that has ended is not made again
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
 
 
 def close_lock(lock: int) -> None:
@@ -457,7 +465,7 @@ def close_lock(lock: int) -> None:
 
 
 def unlock(lock: int) -> None:
-    """Unlock all copies: a process that a command left in the background has one."""
+    """Unlock all copies of a lock: a process in the background may still have one."""
     fcntl.flock(lock, fcntl.LOCK_UN)
     close_lock(lock)
 
@@ -472,7 +480,7 @@ def wait_for_lock(
 ) -> int:
     """Lock a file; after ``patience`` seconds say once what we wait for. Raises AcquireTimeout.
 
-    It looks ten times a second, because nothing could interrupt a flock() that blocks.
+    It tries every 0.1 seconds, because our signal handling cannot interrupt a blocking flock().
     """
     started, has_said = time.monotonic(), False
     while True:
@@ -480,7 +488,7 @@ def wait_for_lock(
             return take_lock(path, shared=shared)
         waited = time.monotonic() - started
         if timeout is not None and waited > timeout:
-            raise AcquireTimeout(f"waited {waited:.3g} s for {what}; raise the timeout")
+            raise AcquireTimeout(f"waited {waited:.3g} s for {what}", "raise the timeout")
         if not has_said and waited >= patience:
             say(f"waiting for {what}")
             has_said = True
@@ -490,8 +498,8 @@ def wait_for_lock(
 class Locks:
     """The locks of a pool's names: a file for each, in one folder.
 
-    In a file stands the owner token of the server that used the name last. A server that still
-    finds its own token knows that nobody has used the database since.
+    Each lock file contains the owner token of the server that used the name last. If a server
+    finds its own token, no other server has used the database since.
     """
 
     def __init__(self, folder: str) -> None:
@@ -507,24 +515,24 @@ class Locks:
         except OSError as error:
             os.close(self._folder_lock)
             advice = "/tmp must be on a file system with flock(2)"
-            raise LockError(f"cannot lock: {private}: {error.strerror}; {advice}") from error
+            raise LockError(f"cannot lock: {private}: {error.strerror}", advice) from error
 
     def path(self, name: str) -> str:
         """Return the path of a name's lock file: fuser(1) tells which processes have it open."""
         return os.path.join(self.folder, escape(name))
 
     def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
-        """Lock a name; return the lock, and whether no other server has used it since we did.
+        """Lock a name; return the lock, and True if its file still has our owner token.
 
         Blocks if ``wait`` is true; else raises BlockingIOError if another process has the lock.
         """
         lock = take_lock(self.path(name), wait=wait)
         try:
-            is_unused = os.pread(lock, 64, 0) == self._token
-            if not is_unused:
+            has_our_token = os.pread(lock, 64, 0) == self._token
+            if not has_our_token:
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, self._token, 0)
-            return lock, is_unused
+            return lock, has_our_token
         except OSError:
             close_lock(lock)
             raise
@@ -555,24 +563,25 @@ class Database:
 
     def __init__(self, name: str, state: str, since: float) -> None:
         self.name, self.state, self.since = name, state, since
-        self.reason: str | None = None  # why it is broken, or which lock file is elsewhere
+        self.reason: str | None = None  # why it is BROKEN; or the lock that another process has
         self.holder: Client | None = None
         self.lock = NO_LOCK  # ours, while it is leased
-        self.is_prepared = False  # by us, and not leased since
-        self.failures = 0  # to prepare it, in a row
+        self.is_prepared = False  # its preparation has just ended, and offer() may skip another
+        self.failures = 0  # failed preparations since the last success
 
 
 class Pool:
     """Names and who has them, first come, first served.
 
-    The pool opens no socket and starts no thread: what it does is passed in. ``grant(client, name,
-    lock)`` is called when a client gets a name, and ``refuse(client, reason)`` when it gets none;
-    the reason is None when the pool closes. ``work(name)`` is called when something that blocks
-    must be done for a name; it only notes the name. A worker thread then locks the name, calls
-    ``offer``, and if that returns False prepares the database and comes back.
+    The pool has no socket and no thread. It calls three functions, with its lock held:
+    ``grant(client, name, lock)``; ``refuse(client, reason)``, with None as the reason when the pool
+    closes; and ``enqueue(name)`` when something that blocks must be done for a name. A worker
+    thread then locks the name and calls offer(). If that returns False, the worker prepares the
+    database, unlocks it, locks it again and calls offer() again.
 
-    With ``prepares`` a database must be prepared before each lease. Those that never were wait
-    until they are needed; ``spares`` more than the waiters need are kept ready.
+    If ``prepares`` is true, each database is prepared before each lease. For the first time that
+    happens only when it is needed: as many are ready or in preparation as there are waiters, and
+    ``spares`` more.
     """
 
     def __init__(
@@ -581,16 +590,16 @@ class Pool:
         locks: Locks,
         grant: Callable[[Any, str, int], object],
         refuse: Callable[[Any, str | None], object],
-        work: Callable[[str], object],
+        enqueue: Callable[[str], object],
         prepares: bool = False,
         spares: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # This lock guards everything below. Each public method takes it once, so a release and the
-        # grant that follows are one step, and after release(client) nobody writes to that client.
-        # Nothing that waits runs under it.
+        # Guards everything below. Each public method takes it once, so a release and the grant that
+        # follows are one step, and after release(client) no thread writes to that client. No call
+        # that blocks runs under it.
         self._lock = threading.Lock()
-        self._locks, self._grant, self._refuse, self._work = locks, grant, refuse, work
+        self._locks, self._grant, self._refuse, self._enqueue = locks, grant, refuse, enqueue
         self._prepares, self._spares, self._clock = prepares, spares, clock
         state = PREPARING if prepares else FREE
         self._databases = {name: Database(name, state, clock()) for name in names}
@@ -615,13 +624,13 @@ class Pool:
                     self._free.remove(database)
                 else:
                     self._locks.close_copy(lock)
-            self._match()
+            self._serve_waiters()
 
     def acquire(self, client: Client) -> None:
         """Grant a name to a client, or put it into the queue, or refuse it."""
         with self._lock:
             self._waiters[client] = self._clock()
-            self._match()
+            self._serve_waiters()
             self._totals["waited"] += client in self._waiters
 
     def release(self, client: Client) -> None:
@@ -633,43 +642,42 @@ class Pool:
                 database = self._holders.pop(client)
                 self._locks.close_copy(database.lock)
                 if self._prepares:
-                    self._enter(database, PREPARING)
-                    self._work(database.name)
+                    self._begin_preparing(database)
                 else:
-                    self._enter(database, FREE)
+                    self._set_state(database, FREE)
                     self._free.append(database)
-            self._match()
+            self._serve_waiters()
 
     def mark_elsewhere(self, name: str) -> None:
         """Note that another process has the lock of a name: a worker thread now waits for it."""
         with self._lock:
-            self._enter(self._databases[name], ELSEWHERE)
-            self._match()  # a waiter may need another name instead
+            self._set_state(self._databases[name], ELSEWHERE)
+            self._serve_waiters()  # a waiter may need another name instead
 
-    def offer(self, name: str, lock: int, is_unused: bool) -> bool:
-        """Take a name from a worker thread that has locked it; grant it or make it free.
+    def offer(self, name: str, lock: int, has_our_token: bool) -> bool:
+        """Take a name back from a worker thread that has locked it; grant it or make it free.
 
-        Return False if the database must be prepared first; then the caller keeps the lock.
+        Return False if the database must be prepared first. Then the lock is still the caller's.
         """
         with self._lock:
             database = self._databases[name]
-            is_ready = (is_unused and database.is_prepared) or not self._prepares
+            is_ready = (has_our_token and database.is_prepared) or not self._prepares
             if self._is_closed:
                 self._locks.close_copy(lock)
             elif not is_ready:
-                self._enter(database, PREPARING)
+                self._set_state(database, PREPARING)
                 return False
             elif self._waiters:
                 self._lease(database, lock)
             else:
                 self._locks.close_copy(lock)
-                self._enter(database, FREE)
+                self._set_state(database, FREE)
                 self._free.append(database)
-            self._match()
+            self._serve_waiters()
             return True
 
     def mark_prepared(self, name: str) -> None:
-        """Note that a database was prepared, and holds for as long as our token is in its lock."""
+        """Note that a database was prepared. That is valid while its lock has our token."""
         with self._lock:
             self._databases[name].is_prepared, self._databases[name].failures = True, 0
 
@@ -677,10 +685,10 @@ class Pool:
         """Note that a database could not be prepared; return seconds to wait before a new try."""
         with self._lock:
             database = self._databases[name]
-            self._enter(database, BROKEN)
+            self._set_state(database, BROKEN)
             database.reason = self._last_failure = reason
             database.failures += 1
-            self._match()
+            self._serve_waiters()
             return min(2.0 ** (database.failures - 1), MAX_PAUSE)
 
     def close(self) -> None:
@@ -689,14 +697,14 @@ class Pool:
             self._is_closed, self._last_failure = True, None
             self._free.clear()
             self._unprepared.clear()
-            self._match()
+            self._serve_waiters()
             for client, database in self._holders.items():
                 self._refuse(client, None)
                 self._locks.close_copy(database.lock)
             self._holders.clear()
 
     def snapshot(self) -> tuple[list[dict[str, Any]], list[tuple[Client, float]], dict[str, float]]:
-        """Return the databases, the waiters and since when, and the totals, of one moment."""
+        """Return a consistent copy of the databases, the waiters with start times, and totals."""
         with self._lock:
             databases = [vars(database).copy() for database in self._databases.values()]
             waits = [self._clock() - since for since in self._waiters.values()]
@@ -707,21 +715,20 @@ class Pool:
 
     # The methods below are called with the lock held.
 
-    def _match(self) -> None:
+    def _serve_waiters(self) -> None:
         """Grant free names to the first waiters; begin what waiters need; or refuse them all."""
         while self._waiters and self._free:
             database = self._free.popleft()
-            lock, is_unused = self._try_lock(database)
+            lock, has_our_token = self._try_lock(database)
             if lock == NO_LOCK:
                 continue
-            if is_unused or not self._prepares:
+            if has_our_token or not self._prepares:
                 self._lease(database, lock)
             else:  # another server has used it: prepare it again
                 self._locks.close_copy(lock)
-                self._enter(database, PREPARING)
-                self._work(database.name)
+                self._begin_preparing(database)
         while self._unprepared and self._count_coming() < len(self._waiters) + self._spares:
-            self._work(self._unprepared.popleft().name)
+            self._begin_preparing(self._unprepared.popleft())
         if self._is_closed or all(each.state == BROKEN for each in self._databases.values()):
             for client, since in self._waiters.items():
                 self._count_wait(since)
@@ -733,9 +740,13 @@ class Pool:
         try:
             return self._locks.take(database.name)
         except OSError:  # another process has it, or no descriptor is left: the worker finds out
-            self._enter(database, ELSEWHERE)
-            self._work(database.name)
+            self._set_state(database, ELSEWHERE)
+            self._enqueue(database.name)
             return NO_LOCK, False
+
+    def _begin_preparing(self, database: Database) -> None:
+        self._set_state(database, PREPARING)
+        self._enqueue(database.name)
 
     def _count_coming(self) -> int:
         """Count the names that are free or being prepared."""
@@ -744,9 +755,9 @@ class Pool:
 
     def _lease(self, database: Database, lock: int) -> None:
         client, since = self._waiters.popitem(last=False)
-        self._grant(client, database.name, lock)  # first: the client can start meanwhile
+        self._grant(client, database.name, lock)  # first, so that the client can start early
         self._count_wait(since)
-        self._enter(database, LEASED)
+        self._set_state(database, LEASED)
         database.holder, database.lock = client, lock
         self._holders[client] = database
         self._totals["leases"] += 1
@@ -757,7 +768,7 @@ class Pool:
         self._totals["wait_seconds_total"] += waited
         self._totals["wait_seconds_max"] = max(self._totals["wait_seconds_max"], waited)
 
-    def _enter(self, database: Database, state: str) -> None:
+    def _set_state(self, database: Database, state: str) -> None:
         database.state, database.since = state, self._clock()
         database.reason = self._locks.path(database.name) if state == ELSEWHERE else None
         database.holder, database.is_prepared = None, False
@@ -1054,15 +1065,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """
         try:
             try:
-                lock, is_unused = self._locks.take(name)
+                lock, has_our_token = self._locks.take(name)
             except BlockingIOError:
                 self.pool.mark_elsewhere(name)
-                lock, is_unused = self._locks.take(name, wait=True)
+                lock, has_our_token = self._locks.take(name, wait=True)
         except OSError as error:  # no descriptor, a full disk
             if not self._ending.wait(1):
                 say_once(f"cannot lock {name} for now: {error}; it is tried again")
             return False
-        if self.pool.offer(name, lock, is_unused):
+        if self.pool.offer(name, lock, has_our_token):
             return True
         assert self._prepare is not None
         reason = self._prepare(name, lock)
@@ -1141,7 +1152,7 @@ def get_private_sockets() -> Iterator[str]:
 
 
 def get_socket_lock_file(path: str) -> str:
-    return os.path.join(get_private_folder(), SOCKETS, escape(path))
+    return os.path.join(get_private_folder(), SOCKET_LOCKS, escape(path))
 
 
 def get_server_sockets() -> Iterator[str]:
@@ -1149,7 +1160,7 @@ def get_server_sockets() -> Iterator[str]:
     private = get_private_folder()
     yield from (f"{private}/{name}" for name in os.listdir(private) if name.endswith(".sock"))
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(f"{private}/{SOCKETS}"):
+        for name in os.listdir(f"{private}/{SOCKET_LOCKS}"):
             path = name.replace("%2F", "/").replace("%25", "%")
             if os.path.exists(path):
                 yield path
@@ -1811,8 +1822,6 @@ def read_end(file: Any) -> str:
 
 def get_reason(output: str) -> str:
     """Return the line of an output that tells most: the first error and its hint, or the last."""
-    import re
-
     lines = output.splitlines() or ["no output"]
     for number, line in enumerate(lines):
         if re.search(r"(?i)\b(error|fatal)\b", line):
@@ -1849,8 +1858,6 @@ class Preparer:
 
     def prepare(self, name: str, lock: int) -> str | None:
         """Prepare a database; return None, or the reason why that failed. Blocks until then."""
-        import re
-
         try:
             with self._processors:
                 status, output = self._run(name, lock)
@@ -1978,8 +1985,6 @@ def make_unique_name(prefix: str) -> str:
 
 def check_sql_file(path: str) -> bool:
     """Tell whether an SQL file may read other files; UsageError if it leaves its database."""
-    import re
-
     try:
         with open(path, "rb") as file:
             text = file.read()
@@ -2004,7 +2009,6 @@ def find_files(pattern: str) -> dict[str, str]:
     wildcard. Hidden files and backups are left out, unless one is named itself.
     """
     import glob
-    import re
 
     if os.path.isfile(pattern):
         return {pattern: os.path.basename(pattern)}
@@ -2125,7 +2129,6 @@ class Templates:
 
     def _drop_old(self, others: Iterable[str]) -> None:
         """Drop all but the templates that were used last, and what killed runs have left."""
-        import re
 
         def get_last_use(name: str) -> float:
             try:
@@ -2206,7 +2209,6 @@ def find_programs() -> str:
 
 def get_program_folders() -> Iterator[str]:
     """Yield where PostgreSQL's programs may be, beginning with what the user most likely means."""
-    import glob
     import subprocess
 
     for folder in os.get_exec_path():
@@ -2339,7 +2341,6 @@ class Postgres:
         They belong to these programs and to this initdb command. They are empty strings if there
         is no place to keep them.
         """
-        import glob
         import zlib
 
         try:
