@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import fcntl
 import gc
 import glob
@@ -79,6 +80,8 @@ def folder() -> Iterator[Path]:
     path = tempfile.mkdtemp(dir="/tmp", prefix="pgm-")
     yield Path(path)
     shutil.rmtree(path, ignore_errors=True)
+    for file in glob.glob(f"{socket_lock_file(path)}*"):
+        os.unlink(file)
 
 
 @pytest.fixture
@@ -88,12 +91,15 @@ def path(folder: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_configuration(monkeypatch: Patch) -> None:
+def no_configuration(monkeypatch: Patch) -> Iterator[None]:
     """Keep the environment of whoever runs the suite out of the tests, and their locks apart."""
     monkeypatch.setenv("PGPORT", str(random.randrange(1024, 65536)))
     for name in list(os.environ):
         if name.startswith(("PGM_", "PGMANAGER_")) or name in ("PGDATABASE", "DATABASE_URL"):
             monkeypatch.delenv(name)
+    locks = lock_file("")
+    yield
+    shutil.rmtree(locks, ignore_errors=True)
 
 
 def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -228,6 +234,11 @@ def lock_file(name: str) -> str:
     return f"/tmp/pgmanager-{os.geteuid()}/{os.environ['PGPORT']}/{name}"
 
 
+def socket_lock_file(path: str) -> str:
+    """Return the file of the lock for a socket's path."""
+    return f"/tmp/pgmanager-{os.geteuid()}/sockets/{path.replace('/', '%2F')}"
+
+
 def is_locked(path: str | Path) -> bool:
     """Say whether anybody holds the lock of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -318,56 +329,57 @@ TwoLocks = tuple[pgmanager.Locks, pgmanager.Locks]
 @pytest.fixture
 def two_locks() -> Iterator[TwoLocks]:
     """Provide what two servers lock the same names with."""
-    both = pgmanager.Locks(os.environ["PGPORT"]), pgmanager.Locks(os.environ["PGPORT"])
+    both = pgmanager.Locks(lock_file("")), pgmanager.Locks(lock_file(""))
     yield both
     for locks in both:
         locks.close()
 
 
-@pytest.mark.parametrize("from_all", [False, True])
-def test_a_lock_lasts_as_long_as_any_copy_of_it(from_all: bool, two_locks: TwoLocks) -> None:
+def test_a_closed_copy_leaves_the_name_locked_and_unlock_frees_it_from_all(
+    two_locks: TwoLocks,
+) -> None:
     ours, others = two_locks
-    lock, _ = ours.take("db0")
-    inherited = os.dup(lock)
-    ours.let_go(lock, from_all=from_all)
-    with contextlib.nullcontext() if from_all else pytest.raises(BlockingIOError):
-        others.let_go(others.take("db0")[0])
-    os.close(inherited)
-    others.let_go(others.take("db0")[0])
+    for release in (ours.close_copy, pgmanager.unlock):
+        lock, _ = ours.take("db0")
+        inherited = os.dup(lock)
+        release(lock)
+        is_freed = release == pgmanager.unlock
+        with contextlib.nullcontext() if is_freed else pytest.raises(BlockingIOError):
+            others.close_copy(others.take("db0")[0])
+        os.close(inherited)
+        others.close_copy(others.take("db0")[0])
 
 
 @pytest.mark.parametrize(
     "touch",
     [
-        lambda others: others.let_go(others.take("db0")[0]),
+        lambda others: others.close_copy(others.take("db0")[0]),
         lambda others: os.truncate(others.path("db0"), 0),
         lambda others: os.unlink(others.path("db0")),
     ],
     ids=["another", "emptied", "removed"],
 )
-def test_the_mark_tells_whether_another_has_had_a_name(touch: Any, two_locks: TwoLocks) -> None:
+def test_the_owner_token_tells_whether_another_has_used_a_name(
+    touch: Any, two_locks: TwoLocks
+) -> None:
     ours, others = two_locks
     found = []
     for between in (lambda _: None, lambda _: None, touch, lambda _: None):
         between(others)
-        lock, untouched = ours.take("db0")
-        ours.let_go(lock)
-        ours.open_ahead("db0")
-        found.append(untouched)
+        lock, is_unused = ours.take("db0")
+        ours.close_copy(lock)
+        found.append(is_unused)
     assert found == [False, True, False, True]
 
 
 def test_every_name_has_a_file_of_its_own_among_those_of_its_port(two_locks: TwoLocks) -> None:
-    ours, others = two_locks
+    ours, _ = two_locks
     names = ["a", "a/b", "a%2Fb", "a%b", "a%25b", "../a", "%2Fa", ".hidden", "\u00e9", "x" * 63]
-    port = Path(lock_file(""))
-    taken = [ours.take(name)[0] for name in names]
-    assert {Path(ours.path(name)) for name in names} == set(port.iterdir())
-    assert len(set(port.iterdir())) == len(names)
-    for lock in taken:
-        ours.let_go(lock)
-    others.sweep()
-    assert not port.exists()
+    for name in names:
+        ours.close_copy(ours.take(name)[0])
+    files = set(Path(lock_file("")).iterdir())  # they stay
+    assert files == {Path(ours.path(name)) for name in names}
+    assert len(files) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -383,8 +395,11 @@ def test_names_are_locked_by_the_port_of_postgresql_whatever_its_host_is_called(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     prefix = folder.name  # for the default port is everybody's
-    with pgmanager.serving(prefix, 1, socket_path=path), pgmanager.acquire(socket_path=path):
-        assert is_locked(f"/tmp/pgmanager-{os.geteuid()}/{port}/{prefix}0")
+    with pgmanager.serving(prefix, 1, socket_path=path) as server:
+        with pgmanager.acquire(socket_path=path):
+            assert is_locked(f"/tmp/pgmanager-{os.geteuid()}/{port}/{prefix}0")
+        assert server.status()["locks"] == f"/tmp/pgmanager-{os.geteuid()}/{port}"
+    os.unlink(f"/tmp/pgmanager-{os.geteuid()}/{port}/{prefix}0")
 
 
 # What the folder of all locks has to be is tried as users of their own: it is everybody's. All is
@@ -428,89 +443,89 @@ def test_a_folder_that_is_not_ours_alone_is_refused(
     with started("serve", "-s", path, "--prefix", "db", **options) as process:
         stdout, stderr = process.communicate(timeout=DEADLINE)
     assert (process.returncode, stdout, is_one_line(stderr)) == (125, "", True)
-    assert f"cannot lock: {locks} is no folder of user {uid} " in stderr
+    assert f"cannot lock: {locks} is not a folder of user {uid} " in stderr
     assert not os.path.lexists(path)
 
 
-def test_the_folder_of_locks_is_locked_made_again_and_removed(user: User, path: str) -> None:
+def test_the_folder_of_locks_is_locked_and_made_again(user: User, path: str) -> None:
     options, _, locks = user
     with served(path, "--count", "2", **options) as process:
+        assert is_locked(locks)
         held = set()
         for again in (True, True, False):
             with connected(path, 2) as clients:
                 assert sorted(map(name_of, clients)) == ["db0", "db1"]
                 assert locks.stat().st_mode & 0o7777 == 0o700
-                assert all(map(is_locked, (locks, locks / os.environ["PGPORT"] / "db0")))
+                assert is_locked(locks / os.environ["PGPORT"] / "db0")
             wait_for_free(path)
             held.add(sys.platform == "linux" and len(os.listdir(f"/proc/{process.pid}/fd")))
             if again:  # by somebody who does not look for locks
                 shutil.rmtree(locks)
         assert len(held) == 1
         ended(process)
-    assert not locks.exists()
+    assert not is_locked(locks)
 
 
-def test_what_a_killed_server_left_is_removed_by_the_next_start(path: str) -> None:
-    sockets = f"/tmp/pgmanager-{os.geteuid()}/sockets"
-    left = [path, lock_file("a%25b%2Fc0"), f"{sockets}/{path.replace('/', '%2F')}"]
-    other, alive = f"{path}2", lock_file("alive0")
-    with served(path, prefix="a%b/c") as killed, served(other, prefix="alive") as living:
-        with connect(path) as client, connect(other) as another:
-            assert (name_of(client), name_of(another)) == ("a%b/c0", "alive0")
-        wait_for_free(other)
+def test_the_socket_of_a_killed_server_is_removed_by_the_next_start(path: str) -> None:
+    living, private = f"{path}-living", f"/tmp/pgmanager-{os.geteuid()}/wrap-{random.random()}.sock"
+    with served(path) as killed, served(living, prefix="living") as alive:
+        make_stale(private)
         killed.kill()
         killed.wait()
-        assert all(map(os.path.lexists, [*left, alive, other]))
-        env = {**os.environ, "PGPORT": str(int(os.environ["PGPORT"]) ^ 1)}
-        with served(f"{path}3", env=env):
-            assert not any(map(os.path.lexists, left))
-            assert all(map(os.path.lexists, [alive, other]))  # of one who lives: its mark is used
-        ended(living)
-    assert not os.path.exists(lock_file(""))
+        with served(f"{path}-next"):
+            assert [os.path.lexists(each) for each in (path, private, living)] == [0, 0, 1]
+            assert all(os.path.exists(socket_lock_file(each)) for each in (path, living))
+        ended(alive)
 
 
-# Forks while threads take locks. What is registered for a fork twice would block it. And each file
-# is removed while others wait for it: who does not see that finds none to remove.
+# It forks while threads take locks. Whoever has a lock removes its file, as a cleaner of /tmp may:
+# a thread that has waited for it and does not look again finds no file to remove.
 FORKING = """
 import os, sys, threading, pgmanager
-locks = pgmanager.Locks(os.environ["PGPORT"])
+locks = pgmanager.Locks(os.path.join(pgmanager.get_private_folder(), os.environ["PGPORT"]))
 names = ["n1", "n2", "n3"]
 stop = threading.Event()
-def take_and_let_go(name):
+def take_and_close():
     while not stop.is_set():
-        lock, _ = locks.take(name, wait=True)
-        os.unlink(locks.path(name))
-        locks.let_go(lock)
-with pgmanager.serving("db", 2, socket_path=sys.argv[1]):
+        for name in names:
+            lock, _ = locks.take(name, wait=True)
+            os.unlink(locks.path(name))
+            locks.close_copy(lock)
+with pgmanager.serving("db", 2, socket_path=sys.argv[1]) as server:
     print("serving", flush=True)
     sys.stdin.readline()
-    threads = [threading.Thread(target=take_and_let_go, args=[name]) for name in names * 2]
+    threads = [threading.Thread(target=take_and_close) for _ in range(6)]
     for thread in threads:
         thread.start()
     for _ in range(60):
         if not os.fork():
+            server.shutdown()
+            server.server_close()
             os._exit(bool(os.read(0, 1)))  # when the test ends
     stop.set()
     for thread in threads:
         thread.join()
     for name in names:
-        locks.let_go(locks.take(name)[0])
+        locks.close_copy(locks.take(name)[0])
     print("taken", flush=True)
     sys.stdin.read()
 """
 
 
-def test_forked_children_keep_no_name_no_listener_and_no_client(path: str) -> None:
+def test_forked_children_keep_no_descriptor_and_cannot_end_the_server(path: str) -> None:
     with coded(FORKING, path) as process:
         assert next_line(process) == "serving"
         with connected(path, 3) as clients:
-            assert {name_of(client) for client in clients[:2]} == {"db0", "db1"}
+            assert [name_of(client) for client in clients[:2]] == ["db0", "db1"]
             wait_for_waiters(path, 1)
             print(file=process.stdin, flush=True)
             assert not silent(process.stdout, DEADLINE)
             assert next_line(process) == "taken"  # and the children live on
+            clients.pop(0).close()
+            assert name_of(clients[1]) == "db0"
+            assert os.path.exists(path)
             process.kill()
-            assert [client.recv(1024) for client in clients] == [b"", b"", b""]
+            assert [client.recv(1024) for client in clients] == [b"", b""]
             with served(path, "--count", "2"):
                 assert states(path) == ["free", "free"]
         assert process.communicate(timeout=DEADLINE) == ("", "")
@@ -522,45 +537,50 @@ def test_forked_children_keep_no_name_no_listener_and_no_client(path: str) -> No
 class Side:
     """A server: its pool, the locks it pretends to have, and what a model of the pool expects.
 
-    A lock is the name itself; who has a copy of it open, and whose mark it has, the world knows.
+    A lock is the name itself; who has a copy of it open, and whose token it has, the world knows.
     A client is a number; what prepares for a server is the server's number, below zero.
     """
+
+    # The state of a name at each stage of a worker thread's work for it.
+    STATES = {  # noqa: RUF012
+        "begins": "preparing",
+        "prepares": "preparing",
+        "could not lock": "elsewhere",
+        "waits": "elsewhere",
+        "pauses": "broken",
+    }
 
     def __init__(self, world: PoolMachine, prepares: bool) -> None:
         self.world, self.prepares, self.number = world, prepares, -next(world.numbers)
         self.holders: dict[int, str] = {}  # those gone of whom the server has not heard as well
         self.queue: dict[int, int] = {}  # waiters in order, and since when
-        self.tended: dict[str, str] = {}  # what is being done for each name
+        self.stages: dict[str, str] = {}  # of the names that a worker thread has
         self.until: dict[str, float] = {}  # when those that are broken are tried again
         self.failures: collections.Counter[str] = collections.Counter()
         self.reason: str | None = None
         self.refused: list[int] = []
-        self.free = [name for name in world.names if not (prepares or world.copies[name])]
+        self.free = [] if prepares else [*world.names]
+        self.unprepared = [*world.names] if prepares else []  # ever, and not begun
         locks: Any = self
+        callbacks = (self.grant, self.refuse, self.work)
+        clock = lambda: float(world.now)  # noqa: E731
         self.pool = pgmanager.Pool(
-            world.names, locks, self.grant, self.refuse, prepares, lambda: float(world.now)
+            world.names, locks, *callbacks, prepares, self.world.spares, clock
         )
-        untended = self.pool.start()
-        assert untended == [name for name in world.names if name not in self.free]
-        self.tend(untended)
+        self.pool.start()
 
     # What the pool calls.
 
     def take(self, name: str, *, wait: bool = False) -> tuple[Any, bool]:
-        if self.world.copies[name]:
+        if self.world.copies[name] or self.world.is_short_of_descriptors:
             assert not wait
-            raise BlockingIOError
+            raise BlockingIOError if self.world.copies[name] else OSError
         self.world.copies[name].add(self)
-        before, self.world.marks[name] = self.world.marks.get(name), self
+        before, self.world.tokens[name] = self.world.tokens.get(name), self
         return name, before is self
 
-    def let_go(self, lock: str, *, from_all: bool = False) -> None:
+    def close_copy(self, lock: str) -> None:
         self.world.copies[lock].remove(self)
-        if from_all:
-            self.world.copies[lock].clear()
-
-    def open_ahead(self, name: str) -> None:
-        assert self not in self.world.copies[name]
 
     def path(self, name: str) -> str:
         return f"the file of {name}"
@@ -577,76 +597,93 @@ class Side:
         if client % 3:  # others receive the name plainly
             self.world.copies[name].add(client)
         self.holders[client] = name
-        if name in self.free:  # round robin; those before it turned out not to be free
-            del self.free[: self.free.index(name) + 1]
+        assert name in self.stages or self.free.pop(0) == name  # round robin
 
     def refuse(self, client: int, reason: str | None) -> None:
         self.refused.append(client)
         assert reason == self.reason
         self.queue.pop(client, None)
 
-    def tend(self, names: list[str]) -> None:
-        assert not self.tended.keys() & {*names}
-        self.tended.update(dict.fromkeys(names, "begins"))
+    def work(self, name: str) -> None:
+        assert name not in self.stages
+        self.stages[name] = "begins"
+        if name in self.unprepared:
+            assert name == self.unprepared.pop(0)
+            coming = [*self.free, *map(self.STATES.get, self.stages.values())]
+            others = len(coming) - 1 - coming.count("elsewhere") - coming.count("broken")
+            assert others < len(self.queue) + self.world.spares, "begun too early"
+        elif name in self.free:
+            self.free.remove(name)
+            if self.world.copies[name] or self.world.is_short_of_descriptors:
+                self.stages[name] = "could not lock"
 
-    def hopeless(self) -> bool:
-        return list(self.tended.values()).count("pauses") == len(self.world.names)
+    # What the worker threads do.
+
+    def is_hopeless(self) -> bool:
+        return list(self.stages.values()).count("pauses") == len(self.world.names)
 
     def can_step(self, name: str) -> bool:
-        if self.tended[name] == "waits":
-            return not self.world.copies[name]
-        return self.tended[name] != "pauses" or self.until[name] <= self.world.now
+        stage = self.stages[name]
+        if stage == "pauses" and self.until[name] > self.world.now:
+            return False
+        if stage == "waits" and self.world.copies[name]:
+            return False
+        return stage == "prepares" or not self.world.is_short_of_descriptors
 
     def step(self, name: str, verdict: bool) -> None:
         """Do what comes next for a name."""
         copies, users = self.world.copies[name], self.world.users[name]
-        doing = self.tended[name]
-        if doing == "prepares":
-            users.clear()
-            self.let_go(name, from_all=True)
-            if verdict:
-                self.world.clean[name] = self.number
-                self.pool.prepared(name)
-                self.failures[name] = 0
-                self.tended[name] = "begins"
-                return
-            self.tended[name] = "pauses"
-            refusing = list(self.queue) if self.hopeless() else []
+        stage = self.stages[name]
+        if stage == "prepares" and verdict:
+            self.world.clean[name] = self.number
+            self.pool.mark_prepared(name)
+            self.failures[name] = 0
+            self.stages[name] = "begins"
+        elif stage == "prepares":
+            self.stages[name] = "pauses"
+            refusing = list(self.queue) if self.is_hopeless() else []
             before, self.reason = len(self.refused), f"{name} at {self.world.now}"
-            pause = self.pool.fail(name, self.reason)
+            pause = self.pool.mark_broken(name, self.reason)
             assert self.refused[before:] == refusing
             assert pause == min(2 ** self.failures[name], 30)
             self.failures[name] += 1
             self.until[name] = self.world.now + pause
         elif copies:
-            self.pool.elsewhere(name)
-            self.tended[name] = "waits"
-        elif self.pool.regain(name, *self.take(name, wait=doing == "waits")):
-            del self.tended[name]
+            self.stages[name] = "waits"
+            self.pool.mark_elsewhere(name)
+        elif self.pool.offer(name, *self.take(name, wait=stage == "waits")):
+            del self.stages[name]
             if name not in self.holders.values():
                 self.free.append(name)
         else:
             assert self.prepares
             assert not users, "prepared under a holder"
-            self.tended[name] = "prepares"
+            self.stages[name] = "prepares"
             self.world.clean[name] = None
             users.add(self.number)
             copies.add(self.number)
+        if stage == "prepares":
+            users.clear()
+            copies.clear()
 
     def check(self) -> None:
         """Compare the pool with the model."""
         databases, waiters, _ = self.pool.snapshot()
         leased = {name: client for client, name in self.holders.items()}
+        coming = -len(self.unprepared)
         for row in databases:
-            name, doing = row["name"], self.tended.get(row["name"], "")
-            # None is lost: each is leased, free or tended, and only one of them.
-            assert (name in leased) + (name in self.free) + (name in self.tended) == 1
+            name = row["name"]
+            # None is lost: each is somewhere, and nowhere else.
+            is_in = [name in each for each in (leased, self.free, self.stages, self.unprepared)]
+            assert sum(is_in) == 1
+            expected = ("leased", "free", self.STATES.get(self.stages.get(name, "")), "preparing")
+            assert row["state"] == expected[is_in.index(True)]
             assert row["holder"] == leased.get(name)
-            may_be = {"": "leased" if name in leased else "free", "pauses": "broken"}
-            assert row["state"] == may_be.get(doing, "preparing") or doing in ("begins", "waits")
             assert row["state"] != "elsewhere" or row["reason"] == f"the file of {name}"
+            coming += row["state"] in ("free", "preparing")
         assert waiters == list(self.queue.items())
-        assert not (self.queue and (self.free or self.hopeless()))
+        assert not (self.queue and (self.free or self.is_hopeless()))
+        assert not self.unprepared or coming >= len(self.queue) + self.world.spares
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -655,18 +692,25 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
+        self.spares = 0
+        self.is_short_of_descriptors = False
         self.numbers = itertools.count(1)
         self.copies: dict[str, set[Any]] = collections.defaultdict(set)  # of locks: who has one
-        self.marks: dict[str, Side] = {}
+        self.tokens: dict[str, Side] = {}
         self.users: dict[str, set[int]] = collections.defaultdict(set)  # who works in a database
         self.clean: dict[str, int | None] = {}  # who has prepared it, and nobody had it since
         self.gone: list[tuple[Side, int]] = []  # clients whose end a server has not heard of yet
         self.names: list[str] = []
         self.sides: list[Side | None] = []
 
-    @initialize(count=st.integers(1, 3), prepares=st.tuples(st.booleans(), st.booleans()))
-    def start_both(self, count: int, prepares: tuple[bool, bool]) -> None:
+    @initialize(
+        count=st.integers(1, 4),
+        spares=st.integers(0, 2),
+        prepares=st.tuples(st.booleans(), st.booleans()),
+    )
+    def start_both(self, count: int, spares: int, prepares: tuple[bool, bool]) -> None:
         self.names = [f"db{shard}" for shard in range(count)]
+        self.spares = spares
         self.sides = [Side(self, each) for each in prepares]
 
     def alive(self) -> list[Side]:
@@ -676,12 +720,11 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def acquire(self, data: st.DataObject) -> None:
         side, client = data.draw(st.sampled_from(self.alive())), next(self.numbers)
-        hopeless = side.hopeless()
-        if not hopeless:
+        is_hopeless = side.is_hopeless()
+        if not is_hopeless:
             side.queue[client] = self.now
-        side.tend(side.pool.acquire(client))
-        assert (client in side.refused) is hopeless
-        side.free = [name for name in side.free if name not in side.tended]
+        side.pool.acquire(client)
+        assert (client in side.refused) is is_hopeless
 
     @precondition(lambda self: any(self.users.values()))
     @rule(data=st.data(), heard=st.booleans())
@@ -702,12 +745,10 @@ class PoolMachine(RuleBasedStateMachine):
     def a_server_hears_of_an_end(self) -> None:
         side, client = self.gone.pop()
         name = side.holders.pop(client)
-        untended = side.pool.release(client)
-        side.tend(untended)
-        if side.prepares:
-            assert untended == [name]
-        elif name not in side.holders.values():
-            side.free = [each for each in [*side.free, name] if each not in untended]
+        if not side.prepares:
+            side.free.append(name)
+        side.pool.release(client)
+        assert not side.prepares or side.stages[name] == "begins"
 
     @precondition(lambda self: any(side.queue for side in self.alive()))
     @rule(data=st.data())
@@ -715,45 +756,59 @@ class PoolMachine(RuleBasedStateMachine):
         side = data.draw(st.sampled_from([side for side in self.alive() if side.queue]))
         client = data.draw(st.sampled_from(sorted(side.queue)))
         del side.queue[client]
-        assert side.pool.release(client) == []
+        before = side.stages.copy()
+        side.pool.release(client)
+        assert side.stages == before
+
+    @rule(is_short=st.booleans())
+    def descriptors_run_out_or_come_back(self, is_short: bool) -> None:
+        self.is_short_of_descriptors = is_short
 
     @precondition(lambda self: any(self.sides))
     @rule(data=st.data(), verdict=st.sampled_from([True, True, False]))
-    def a_name_is_tended(self, data: st.DataObject, verdict: bool) -> None:
+    def a_worker_thread_steps(self, data: st.DataObject, verdict: bool) -> None:
         side = data.draw(st.sampled_from(self.alive()))
-        if names := [name for name in side.tended if side.can_step(name)]:
+        if names := [name for name in side.stages if side.can_step(name)]:
             side.step(data.draw(st.sampled_from(names)), verdict)
 
-    @rule(place=st.integers(0, 1), verdict=st.booleans(), seconds=st.sampled_from([0, 1, 31]))
-    def all_names_are_tended(self, place: int, verdict: bool, seconds: int) -> None:
-        side = self.sides[place]
+    @rule(index=st.integers(0, 1), verdict=st.booleans(), seconds=st.sampled_from([0, 1, 31]))
+    def all_worker_threads_step(self, index: int, verdict: bool, seconds: int) -> None:
+        side = self.sides[index]
         self.now += seconds
-        for name in list(side.tended) if side else ():
-            while side and name in side.tended and side.can_step(name):
+        for name in list(side.stages) if side else ():
+            while side and name in side.stages and side.can_step(name):
                 side.step(name, verdict)
 
-    @rule(place=st.integers(0, 7), well=st.booleans(), prepares=st.booleans())
-    def a_server_ends_or_starts(self, place: int, well: bool, prepares: bool) -> None:
-        side = self.sides[place % 2]
+    @rule(index=st.integers(0, 7), well=st.booleans(), prepares=st.booleans())
+    def a_server_ends_or_starts(self, index: int, well: bool, prepares: bool) -> None:
+        side = self.sides[index % 2]
         if side is None:
-            self.sides[place % 2] = Side(self, prepares)
-        elif place < 2:  # not too often
+            self.sides[index % 2] = Side(self, prepares)
+        elif index < 2:  # not too often
             if well:  # and turns away whoever is there and whoever comes
-                side.reason, newcomer = None, next(self.numbers)
-                expected = {*side.refused, *side.queue, *side.holders, newcomer}
-                side.pool.close()
-                assert side.pool.acquire(newcomer) == []
-                assert {*side.refused} == expected
-                for client in expected:
-                    assert side.pool.release(client) == []
-                assert all(side not in self.copies[name] for name in {*side.holders.values()})
+                self.close(side)
             for name in self.names:
                 self.copies[name].discard(side)
             for client, name in side.holders.items():
                 if client not in self.copies[name]:  # sees the connection end, and stops
                     self.users[name].discard(client)
             self.gone = [(other, client) for other, client in self.gone if other is not side]
-            self.sides[place % 2] = None
+            self.sides[index % 2] = None
+
+    def close(self, side: Side) -> None:
+        side.reason, newcomer, before = None, next(self.numbers), side.stages.copy()
+        expected = {*side.refused, *side.queue, *side.holders, newcomer}
+        side.pool.close()
+        side.pool.acquire(newcomer)
+        assert {*side.refused} == expected
+        for client in expected:
+            side.pool.release(client)
+        assert side.stages == before
+        for name, stage in before.items():
+            if not (self.copies[name] or self.is_short_of_descriptors):
+                assert side.pool.offer(name, *side.take(name, wait=stage == "waits"))
+        preparing = [name for name, stage in before.items() if stage == "prepares"]
+        assert [name for name in self.names if side in self.copies[name]] == sorted(preparing)
 
     @invariant()
     def agree(self) -> None:
@@ -764,17 +819,20 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """End every client: then every name of either server comes free again."""
         alive = self.alive()
+        self.is_short_of_descriptors = False
         for owners in (*self.copies.values(), *self.users.values()):
             owners &= {*alive, *(side.number for side in alive)}
         for side in alive:
             for client in [*side.queue, *side.holders]:
                 side.queue.pop(client, None)
-                side.holders.pop(client, None)
-                side.tend(side.pool.release(client))
-        for place in (0, 1) * 4:
-            self.all_names_are_tended(place, True, 31)
+                if (name := side.holders.pop(client, None)) and not side.prepares:
+                    side.free.append(name)
+                side.pool.release(client)
+        for index in (0, 1) * 4:
+            self.all_worker_threads_step(index, True, 31)
         for side in alive:
-            assert {row["state"] for row in side.pool.snapshot()[0]} == {"free"}
+            side.check()
+            assert sorted([*side.free, *side.unprepared]) == self.names
 
 
 PoolMachine.TestCase.settings = settings(
@@ -825,14 +883,14 @@ def test_whatever_a_client_sends_it_has_its_place_until_its_end_and_only_as_long
             last.send(b"!", socket.MSG_OOB)
         wait_for_waiters(path, 3)
         assert end == "is reset" or name_of(holder) == "db0"  # what is unread at its end resets it
-        for client in (gives_up, holder):
+        for client, left in ((gives_up, 2), (holder, 1)):
             if end == "closes half":  # all that ssh's forwarding passes on of a client's death
                 client.shutdown(socket.SHUT_WR)
             else:
                 client.close()
+            wait_for_waiters(path, left)
         assert name_of(waiter) == "db0"
         assert silent(last)
-        wait_for_waiters(path, 1)
 
 
 @pytest.mark.parametrize(
@@ -934,6 +992,116 @@ def test_of_servers_started_at_once_exactly_one_serves(folder: Path) -> None:
             said = list(racers.map(serve, [path] * 8))
             assert sorted(said) == ["serves"] + ["socket is in use"] * 7
             assert not os.path.lexists(path)
+
+
+@pytest.fixture
+def idle_server(path: str, two_locks: TwoLocks) -> Iterator[pgmanager.Server]:
+    """Provide a server in this process whose loop does not run yet."""
+    server = pgmanager.Server(path, ["db0"], two_locks[0])
+    yield server
+    server.server_close()
+
+
+def test_a_server_whose_loop_never_started_is_shut_down_at_once(
+    idle_server: pgmanager.Server,
+) -> None:
+    for call in (idle_server.shutdown, idle_server.serve_forever, idle_server.shutdown):
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+def test_a_shutdown_that_races_with_the_start_of_the_loop_ends_it(
+    folder: Path, two_locks: TwoLocks
+) -> None:
+    for number in range(100):
+        server = pgmanager.Server(f"{folder}/{number}", ["db0"], two_locks[0])
+        barrier = threading.Barrier(2)
+
+        def race(call: Callable[[], None], barrier: threading.Barrier = barrier) -> None:
+            barrier.wait(DEADLINE)
+            call()
+
+        calls = (server.serve_forever, server.shutdown)
+        threads = [threading.Thread(target=race, args=(call,), daemon=True) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+        server.server_close()
+
+
+def test_clients_beyond_a_full_backlog_are_served_as_well(path: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(pgmanager.Server, "request_queue_size", 1)
+    locks = pgmanager.Locks(lock_file(""))
+    server = pgmanager.Server(path, ["db0"], locks)
+    with contextlib.ExitStack() as stack:
+        stack.callback(locks.close)
+        stack.callback(server.server_close)
+        line = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(4)]
+        answers = []
+        for client in line:
+            client.setblocking(False)
+            answers.append(client.connect_ex(path))
+        assert answers[0] == 0
+        assert answers[-1] in (errno.EAGAIN, errno.ECONNREFUSED)  # Linux, macOS
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
+
+        def take(_: int) -> str:
+            with pgmanager.acquire(DEADLINE, socket_path=path) as lease:
+                return lease
+
+        names = threads.map(take, range(8))
+        loop = threading.Thread(target=server.serve_forever)
+        loop.start()
+        stack.callback(loop.join)
+        stack.callback(server.shutdown)
+        assert not silent(line[0], DEADLINE)
+        for client in line:
+            client.close()
+        assert [*names] == ["db0"] * 8
+
+
+# A handler that raises, where stderr is open, closed, or a pipe that is full and read by nobody.
+RAISING = """
+import os, sys, pgmanager
+class Handler(pgmanager.Handler):
+    def handle(self):
+        if self.request.recv(1) == b"!":
+            1 / 0
+with pgmanager.serving("db", 1, socket_path=sys.argv[1]) as server:
+    server.RequestHandlerClass = Handler
+    if sys.argv[2] == "full":
+        os.set_blocking(2, False)
+        try:
+            while True:
+                os.write(2, b"x")
+        except BlockingIOError:
+            os.set_blocking(2, True)
+    print("serving", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("stderr", ["open", "closed", "full"])
+def test_a_handler_that_fails_ends_its_own_lease_in_one_line_and_no_other(
+    stderr: str, path: str
+) -> None:
+    options = {"preexec_fn": lambda: os.close(2)} if stderr == "closed" else {}
+    with coded(RAISING, path, stderr, **options) as process:
+        assert next_line(process) == "serving"
+        for _ in range(3):
+            with connect(path) as client:
+                assert name_of(client) == "db0"
+                client.send(b"!")
+                assert client.recv(1024) == b""
+        said = process.communicate("", timeout=DEADLINE)[1]
+        assert process.returncode == 0
+        problem = "pgmanager: a client's connection failed: ZeroDivisionError('division by zero')"
+        assert said.count(f"{problem}; its lease has ended\n") == (3 if stderr == "open" else 0)
+        assert said.strip("x").count("\n") == said.count("pgmanager:")
 
 
 @linux
@@ -1171,22 +1339,41 @@ def test_import_does_nothing() -> None:
 # ----------------------------------------------------------------------------------- serving
 
 
-def test_serving_serves_in_this_process_and_leaves_nothing(path: str) -> None:
+def test_serving_serves_in_this_process_and_leaves_no_thread_and_no_descriptor(path: str) -> None:
     gc.collect()
     before, opened = set(threading.enumerate()), len(os.listdir("/dev/fd"))
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(KeyError), pgmanager.serving("db", 2, socket_path=path) as server:
-            clients = stack.enter_context(connected(path, 3))
-            assert [name_of(client) for client in clients[:2]] == ["db0", "db1"]
+    for _ in range(10):
+        with contextlib.ExitStack() as stack, contextlib.suppress(KeyError):
+            server = stack.enter_context(pgmanager.serving("db", 2, socket_path=path))
+            with connected(path, 20):
+                wait_for_waiters(path, 18)
+            wait_for_free(path)  # and their threads are idle
+            clients = [connect(path) for _ in range(3)]
+            assert sorted(name_of(client) for client in clients[:2]) == ["db0", "db1"]
             wait_for_waiters(path, 1)
             status = server.status()
             assert [row["pid"] for row in status["databases"]] == [os.getpid()] * 2
             assert (status["command"], status["socket"]) == ("serving", server.path)
             raise KeyError
         assert [client.recv(1024) for client in clients] == [b"", b"", b""]
-    assert not any(map(os.path.lexists, [path, lock_file("")]))
+        for client in clients:
+            client.close()
+        assert not os.path.lexists(path)
     wait_until(lambda: set(threading.enumerate()) <= before, "the end of all threads")
     wait_until(lambda: len(os.listdir("/dev/fd")) == opened, "the end of all descriptors")
+
+
+def test_a_default_timeout_of_sockets_ends_no_lease_and_no_server(path: str) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        with pgmanager.serving("db", 1, socket_path=path), connected(path, 2) as clients:
+            assert name_of(clients[0]) == "db0"
+            assert silent(clients[1], 0.3)
+            clients[0].close()
+            assert name_of(clients[1]) == "db0"
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def test_python_can_end_in_a_serving_that_is_never_left(path: str) -> None:
@@ -1198,20 +1385,40 @@ def test_python_can_end_in_a_serving_that_is_never_left(path: str) -> None:
 # ---------------------------------------------------------------------------------- Scarcity
 
 
+def limited(limit: int) -> list[str]:
+    """Return how to run pgmanager with so many descriptors."""
+    return ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PGMANAGER]
+
+
+def idles(process: Process, seconds: float = 0.5) -> bool:
+    """Say whether a process uses next to no processor time; blocks for some seconds."""
+    before = processor_seconds(process)
+    time.sleep(seconds)
+    return processor_seconds(process) - before < 0.1 * seconds
+
+
 @linux
-@pytest.mark.parametrize(("limit", "spare"), [(1000, 6), (40, 0)], ids=["in accept", "foreseen"])
-def test_without_descriptors_clients_wait_in_order(limit: int, spare: int, path: str) -> None:
-    program = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PGMANAGER]
-    words = () if spare else ("--prepare", "true")  # which takes some
-    with served(path, "--count", "2", *words, program=program) as process:
-        if spare:
-            limit = len(os.listdir(f"/proc/{process.pid}/fd")) + spare
-            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
-        with connected(path, 40) as clients:
-            assert "raise the limit (ulimit -Hn)" in process.stderr.readline()
-            before = processor_seconds(process)
-            assert silent(clients[2], 0.5)
-            assert processor_seconds(process) - before < 0.05
+@pytest.mark.parametrize(
+    ("words", "limit", "said"),
+    [
+        (("--prepare", "true"), 64, "too many clients for the limit on descriptors: some wait; "),
+        ((), 1000, "cannot accept clients for now: Too many open files; they wait"),
+    ],
+    ids=["foreseen", "in accept"],
+)
+def test_without_descriptors_clients_wait_in_order(
+    words: tuple[str, ...], limit: int, said: str, path: str
+) -> None:
+    with served(path, "--count", "2", *words, program=limited(limit)) as process:
+        if not words:
+            few = len(os.listdir(f"/proc/{process.pid}/fd")) + 8
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (few, limit))
+        with connected(path, 150) as clients:
+            assert said in process.stderr.readline()
+            assert idles(process)
+            assert silent(clients[2], 0)
+            if not words:
+                resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
             clients.pop(3).close()  # gives up, and another takes its place: short again
             names = [name_of(client) for client in clients[:2]]
             for index, client in enumerate(clients[2:]):
@@ -1221,20 +1428,16 @@ def test_without_descriptors_clients_wait_in_order(limit: int, spare: int, path:
                 names.append(name_of(client))
                 assert names[-1] == names[-3]
         wait_for_free(path)
-        assert "ulimit" not in ended(process)  # once was enough
+        with connected(path, 150):
+            assert "clients" not in ended(process)  # once was enough; and it ends amid them
 
 
-@pytest.mark.parametrize(("limit", "count", "clients"), [("-Sn 60", 30, 30), ("-n 60", 16, 2)])
-def test_a_soft_limit_is_raised_when_it_is_met_and_idle_names_do_not_count_for_a_hard_one(
-    limit: str, count: int, clients: int, path: str
-) -> None:
-    program = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *PGMANAGER]
-    with served(path, "--count", str(count), program=program) as process:
-        for _ in range(10):  # till each name has been leased
-            with connected(path, clients) as line:
-                assert len({name_of(client) for client in line}) == clients
-            wait_for_free(path)
-        assert "ulimit" not in ended(process)
+@linux
+def test_a_server_with_descriptors_for_no_client_is_refused(path: str) -> None:
+    words = ("serve", "-s", path, "--prefix", "db", "--count", "50")
+    done = run(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert is_refused(done, "too few descriptors for 50 names; lower --count")
+    assert not os.path.lexists(path)
 
 
 @linux
@@ -1252,26 +1455,36 @@ def test_a_name_is_sent_without_a_lock_that_cannot_be_sent(user: User, path: str
 
 
 @linux
-def test_without_threads_clients_are_served_and_no_name_is_lost(
+def test_without_threads_nothing_is_granted_and_no_name_is_lost(
     two_locks: TwoLocks, path: str
 ) -> None:
-    """A thread waits for the lock of a name that is elsewhere; there is no memory for its stack."""
-    program = ["sh", "-c", 'ulimit -s 131072; exec "$@"', "sh", *PGMANAGER]
+    program = ["sh", "-c", 'ulimit -s 131072; exec "$@"', "sh", *PGMANAGER]  # KiB for a stack
+    lock, _ = two_locks[0].take("db0")
     with served(path, "--count", "2", program=program) as process:
-        with connected(path, 2) as clients:  # it serves, and is idle when it has let go of db0
-            assert {name_of(client) for client in clients} == {"db0", "db1"}
-        lock, _ = two_locks[0].take("db0", wait=True)
-        used = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
-        most = used * resource.getpagesize() + (64 << 20)
-        resource.prlimit(process.pid, resource.RLIMIT_AS, (most, -1))
+
+        def limit_threads() -> None:  # there is no memory for the stack of one more
+            used = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+            most = used * resource.getpagesize() + (64 << 20)
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (most, -1))
+
+        limit_threads()
+        for _ in range(50):
+            with connect(path) as client:
+                assert client.recv(1024).startswith(b"EMPTY:the server has no thread left: ")
+                assert client.recv(1024) == b""
+        with pytest.raises(pgmanager.PoolBroken, match="no thread left"):
+            pgmanager.acquire(socket_path=path)
+        assert "no thread for a client" in process.stderr.readline()
+        assert idles(process)
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (-1, -1))
         with connected(path, 3) as clients:
             assert name_of(clients[0]) == "db1"
-            assert "no thread" in process.stderr.readline()
+            wait_for_waiters(path, 2)
+            limit_threads()
             clients[0].close()
             assert name_of(clients[1]) == "db1"
-            assert silent(clients[2], 1.5)
-            two_locks[0].let_go(lock)
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (-1, -1))
+            assert silent(clients[2])
+            two_locks[0].close_copy(lock)  # the thread that waits for it is there
             assert name_of(clients[2]) == "db0"
         wait_for_free(path)
         assert "no thread" not in ended(process)  # once was enough
@@ -1291,6 +1504,65 @@ def test_an_idle_server_with_two_hundred_waiters_does_not_wake(path: str) -> Non
             return silent(clients[-1], 0.5) and switches() == before
 
         wait_until(asleep, "the end of what 200 clients have begun")
+
+
+CONNECTING = """
+import socket, sys
+clients = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
+for client in clients:
+    client.connect(sys.argv[1])
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@linux
+@pytest.mark.usefixtures("many_descriptors")
+def test_a_thousand_waiters_cost_little_and_are_answered_in_order(path: str) -> None:
+    with served(path, "--count", "1") as process, connected(path, 1) as [holder]:
+        assert name_of(holder) == "db0"
+
+        def resident() -> int:
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            return pages * resource.getpagesize()
+
+        before = resident()
+        with connected(path, 1000) as waiters, select.epoll() as answered:
+            for waiter in waiters:
+                answered.register(waiter, select.EPOLLIN)
+            wait_for_waiters(path, 1000)
+            assert resident() - before < 1000 * 30_000
+            for waiter in waiters:
+                holder.close()
+                assert [number for number, _ in answered.poll(DEADLINE)] == [waiter.fileno()]
+                assert name_of(waiter) == "db0"
+                answered.unregister(waiter)
+                holder = waiter
+
+
+@linux
+@pytest.mark.usefixtures("many_descriptors")
+def test_the_death_of_a_thousand_waiters_does_not_delay_the_next_grant(path: str) -> None:
+    with served(path, "--count", "1"), connected(path, 1) as [holder]:
+        assert name_of(holder) == "db0"
+        with coded(CONNECTING, path, "1000") as dying:
+            assert next_line(dying) == "connected"
+            with connected(path, 1) as [last]:
+                wait_for_waiters(path, 1001)
+                dying.kill()
+                dying.wait()
+                holder.close()
+                closed = time.monotonic()
+                assert name_of(last) == "db0"
+                assert time.monotonic() - closed < 0.5
 
 
 # ------------------------------------------------------------------------------- DATABASE_URL
@@ -3160,7 +3432,7 @@ class Storm:
         wait_until(self.step, "the end of all clients")
         wait_until(lambda: all(map(self.serves, self.servers)), "all servers")
         for server in self.servers:
-            wait_for_free(self.path(server))
+            wait_for_waiters(self.path(server), 0)
             with connected(self.path(server), 4) as line:
                 assert sorted(map(name_of, line)) == [f"db{shard}" for shard in range(4)]
             wait_for_free(self.path(server))
@@ -3169,7 +3441,6 @@ class Storm:
             process.terminate()
             assert process.wait(DEADLINE) == 0
         assert not glob.glob(self.path("*"))
-        assert not os.path.exists(f"/tmp/pgmanager-{os.geteuid()}/{self.port}")
         self.step()
 
     def close(self) -> None:
@@ -3179,6 +3450,9 @@ class Storm:
         for process in self.servers.values():
             process.kill()
             process.wait()
+        shutil.rmtree(f"/tmp/pgmanager-{os.geteuid()}/{self.port}", ignore_errors=True)
+        for file in glob.glob(f"{socket_lock_file(str(self.folder))}*"):
+            os.unlink(file)
 
 
 def main(mode: str, seconds: float) -> None:
