@@ -481,7 +481,7 @@ def test_the_socket_of_a_killed_server_is_removed_by_the_next_start(path: str) -
 # It forks while threads take locks. Whoever has a lock removes its file, as a cleaner of /tmp may:
 # a thread that has waited for it and does not look again finds no file to remove.
 FORKING = """
-import os, sys, threading, pgmanager
+import os, signal, sys, threading, pgmanager
 locks = pgmanager.Locks(os.path.join(pgmanager.get_private_folder(), os.environ["PGPORT"]))
 names = ["n1", "n2", "n3"]
 stop = threading.Event()
@@ -499,6 +499,7 @@ with pgmanager.serving("db", 2, socket_path=sys.argv[1]) as server:
         thread.start()
     for _ in range(60):
         if not os.fork():
+            signal.alarm(60)
             server.shutdown()
             server.server_close()
             os._exit(bool(os.read(0, 1)))  # when the test ends
@@ -1012,25 +1013,33 @@ def test_a_server_whose_loop_never_started_is_shut_down_at_once(
         assert not thread.is_alive()
 
 
-def test_a_shutdown_that_races_with_the_start_of_the_loop_ends_it(
-    folder: Path, two_locks: TwoLocks
+@pytest.mark.parametrize("line", range(9))
+def test_a_shutdown_ends_the_loop_at_whichever_line_of_its_start_it_comes(
+    line: int, idle_server: pgmanager.Server
 ) -> None:
-    for number in range(100):
-        server = pgmanager.Server(f"{folder}/{number}", ["db0"], two_locks[0])
-        barrier = threading.Barrier(2)
+    is_there, goes_on = threading.Event(), threading.Event()
+    lines = itertools.count()
 
-        def race(call: Callable[[], None], barrier: threading.Barrier = barrier) -> None:
-            barrier.wait(DEADLINE)
-            call()
+    def pause(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_name == "serve_forever" and event == "line" and next(lines) == line:
+            is_there.set()
+            goes_on.wait(DEADLINE)
+        return pause
 
-        calls = (server.serve_forever, server.shutdown)
-        threads = [threading.Thread(target=race, args=(call,), daemon=True) for call in calls]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(DEADLINE)
-            assert not thread.is_alive()
-        server.server_close()
+    def serve() -> None:
+        sys.settrace(pause)
+        idle_server.serve_forever()
+
+    calls = (serve, idle_server.shutdown)
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    threads[0].start()
+    assert is_there.wait(DEADLINE)
+    threads[1].start()
+    threads[1].join(0.1)  # it comes to its end, or waits for the loop
+    goes_on.set()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
 
 
 def test_clients_beyond_a_full_backlog_are_served_as_well(path: str, monkeypatch: Patch) -> None:
@@ -1390,8 +1399,8 @@ def limited(limit: int) -> list[str]:
     return ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PGMANAGER]
 
 
-def idles(process: Process, seconds: float = 0.5) -> bool:
-    """Say whether a process uses next to no processor time; blocks for some seconds."""
+def idles(process: Process, seconds: float) -> bool:
+    """Say whether a process uses next to no processor time; blocks for so long."""
     before = processor_seconds(process)
     time.sleep(seconds)
     return processor_seconds(process) - before < 0.1 * seconds
@@ -1415,7 +1424,7 @@ def test_without_descriptors_clients_wait_in_order(
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (few, limit))
         with connected(path, 150) as clients:
             assert said in process.stderr.readline()
-            assert idles(process)
+            assert idles(process, 0.5 if words else 1.5)
             assert silent(clients[2], 0)
             if not words:
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
@@ -1459,7 +1468,6 @@ def test_without_threads_nothing_is_granted_and_no_name_is_lost(
     two_locks: TwoLocks, path: str
 ) -> None:
     program = ["sh", "-c", 'ulimit -s 131072; exec "$@"', "sh", *PGMANAGER]  # KiB for a stack
-    lock, _ = two_locks[0].take("db0")
     with served(path, "--count", "2", program=program) as process:
 
         def limit_threads() -> None:  # there is no memory for the stack of one more
@@ -1475,19 +1483,38 @@ def test_without_threads_nothing_is_granted_and_no_name_is_lost(
         with pytest.raises(pgmanager.PoolBroken, match="no thread left"):
             pgmanager.acquire(socket_path=path)
         assert "no thread for a client" in process.stderr.readline()
-        assert idles(process)
+        assert idles(process, 0.5)
         resource.prlimit(process.pid, resource.RLIMIT_AS, (-1, -1))
         with connected(path, 3) as clients:
+            assert [name_of(client) for client in clients[:2]] == ["db0", "db1"]
+            wait_for_waiters(path, 1)
+        wait_for_free(path)  # and three threads are idle
+        limit_threads()
+        lock, _ = two_locks[0].take("db0", wait=True)
+        with connected(path, 2) as clients:
             assert name_of(clients[0]) == "db1"
-            wait_for_waiters(path, 2)
-            limit_threads()
-            clients[0].close()
-            assert name_of(clients[1]) == "db1"
-            assert silent(clients[2])
-            two_locks[0].close_copy(lock)  # the thread that waits for it is there
-            assert name_of(clients[2]) == "db0"
+            assert silent(clients[1])
+            two_locks[0].close_copy(lock)  # the thread that waits for it was there from the start
+            assert name_of(clients[1]) == "db0"
         wait_for_free(path)
         assert "no thread" not in ended(process)  # once was enough
+
+
+@linux
+def test_a_name_that_cannot_be_locked_for_want_of_descriptors_comes_later(path: str) -> None:
+    with served(path, "--count", "1") as process, connected(path, 2) as clients:
+        assert name_of(clients[0]) == "db0"
+        wait_for_waiters(path, 1)
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        clients[0].close()
+        assert "cannot lock db0 for now: " in process.stderr.readline()
+        assert idles(process, 1.5)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        assert name_of(clients[1]) == "db0"
+        clients[1].close()
+        wait_for_free(path)
+        assert "cannot lock" not in ended(process)  # once was enough
 
 
 @linux
