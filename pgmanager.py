@@ -442,7 +442,9 @@ def take_lock(path: str, *, shared: bool = False, wait: bool = False) -> int:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 open_locks.add(lock)
         except FileNotFoundError:
-            os.mkdir(os.path.dirname(path), 0o700)
+            get_private_folder()  # a cleaner may have removed it
+            with contextlib.suppress(FileExistsError):  # another thread or server was faster
+                os.mkdir(os.path.dirname(path), 0o700)
             continue
         try:
             fcntl.flock(lock, mode)
