@@ -236,7 +236,7 @@ def lock_file(name: str) -> str:
 
 def socket_lock_file(path: str) -> str:
     """Return the file of the lock for a socket's path."""
-    return f"/tmp/pgmanager-{os.geteuid()}/sockets/{path.replace('/', '%2F')}"
+    return f"/tmp/pgmanager-{os.geteuid()}/sockets/{os.path.realpath(path).replace('/', '%2F')}"
 
 
 def is_locked(path: str | Path) -> bool:
@@ -443,7 +443,7 @@ def test_a_folder_that_is_not_ours_alone_is_refused(
     with started("serve", "-s", path, "--prefix", "db", **options) as process:
         stdout, stderr = process.communicate(timeout=DEADLINE)
     assert (process.returncode, stdout, is_one_line(stderr)) == (125, "", True)
-    assert f"cannot lock: {locks} is not a folder of user {uid} " in stderr
+    assert f"cannot lock: {locks} is no folder of user {uid} alone; " in stderr
     assert not os.path.lexists(path)
 
 
@@ -1109,7 +1109,7 @@ def test_a_handler_that_fails_ends_its_own_lease_in_one_line_and_no_other(
         said = process.communicate("", timeout=DEADLINE)[1]
         assert process.returncode == 0
         problem = "pgmanager: a client's connection failed: ZeroDivisionError('division by zero')"
-        assert said.count(f"{problem}; its lease has ended\n") == (3 if stderr == "open" else 0)
+        assert said.count(f"{problem}; it is closed\n") == (3 if stderr == "open" else 0)
         assert said.strip("x").count("\n") == said.count("pgmanager:")
 
 
