@@ -44,7 +44,7 @@ from typing import Any
 import psycopg
 import psycopg.conninfo
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -265,15 +265,16 @@ LIMIT = 107 if sys.platform == "linux" else 103  # of a socket's path, in bytes
         ({"prefix": "x" * 62, "count": 11}, "64 bytes"),
         ({"socket_path": ""}, "bad socket path: ''"),
         ({"socket_path": "/tmp/" + "x" * (LIMIT - 4)}, f"{LIMIT + 1} bytes, {LIMIT} allowed"),
+        ({"prefix": "a\nb"}, r"bad prefix: 'a\nb'; "),
         ({"template": ""}, "bad template: ''"),
+        ({"template": "db0"}, "the template is a database of the pool: db0; "),
+        ({"template": "\u00e9" * 32}, "64 bytes"),
         ({"PGM_PREPARE": " "}, "' ' from PGM_PREPARE"),
-        ({"PGM_TEMPLATE": "t", "prepare": "true"}, "both template and prepare"),
+        ({"template": "t", "prepare": "true"}, "both template and prepare"),
+        ({"PGM_TEMPLATE": "t", "PGM_PREPARE": "true"}, "both template and prepare"),
         ({"PGPORT": "many"}, "bad port of PostgreSQL: 'many'"),
-        ({"DATABASE_URL": "mysql://u:secret@h/db"}, "cannot read DATABASE_URL"),
-        ({"DATABASE_URL": "postgresql://secret:1,two:2/db"}, "cannot read DATABASE_URL"),
-        ({"DATABASE_URL": "postgresql://u:secret@h:port/db"}, "cannot read DATABASE_URL"),
-        ({"DATABASE_URL": "postgresql://u:se?cret@h/db"}, "cannot read DATABASE_URL"),
-        ({"DATABASE_URL": "postgresql://h/db/secret"}, "cannot read DATABASE_URL"),
+        ({"PGPORT": "1,,0"}, "bad port of PostgreSQL: '0'"),
+        ({"PGSERVICE": "mine"}, "PGSERVICE is set: "),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_before_anything_starts(
@@ -319,6 +320,197 @@ def test_what_is_given_wins_over_the_environment(folder: Path, monkeypatch: Patc
             with pgmanager.acquire(socket_path=options.get("socket_path")) as lease:
                 assert lease == f"{prefix}0"
     assert not list(folder.iterdir())  # the folder that was made is removed, too
+
+
+# ------------------------------------------------------------------------ Where PostgreSQL is
+
+THERE = {"PGUSER": "u", "PGPASSWORD": "p", "PGHOST": "h", "PGPORT": "5433"}
+
+
+@pytest.mark.parametrize(
+    ("url", "env", "variables", "new"),
+    [
+        # All of the URL counts, and in it only the database changes.
+        ("postgresql://u:p@h:5433/old", {}, THERE, "postgresql://u:p@h:5433/db0"),
+        ("postgres://u:p@h:5433", {}, THERE, "postgres://u:p@h:5433/db0"),
+        ("postgres:///?user=u&password=p&host=h&port=5433", {}, THERE, ...),
+        ("postgres:///old?host=h&dbname=y&d%62name=z", {}, {"PGHOST": "h"}, "postgres:///db0?host=h"),
+        ("postgres://h?dbname=y", {}, {"PGHOST": "h"}, "postgres://h/db0"),
+        ("POSTGRES://h/", {}, {"PGHOST": "h"}, ...),
+        ("postgresql+psycopg2://h/", {}, {"PGHOST": "h"}, ...),
+        ("PostGIS+a1://h/", {}, {"PGHOST": "h"}, ...),
+        # It is decoded as libpq does.
+        ("postgres://a+b:%40%2F%25+@/", {}, {"PGUSER": "a+b", "PGPASSWORD": "@/%+"}, ...),
+        ("postgres://u:a?b:c@/", {}, {"PGUSER": "u", "PGPASSWORD": "a?b:c"}, ...),
+        ("postgres:///?password=a+b%2Bc", {}, {"PGPASSWORD": "a+b+c"}, ...),
+        ("postgres://h:1/?port=2&port=3&%70ort=4", {}, {"PGHOST": "h", "PGPORT": "4"}, ...),
+        ("postgres:///?ssl=true", {}, {"PGSSLMODE": "require"}, ...),
+        ("postgres:///?sslmode=allow&ssl=true", {}, {"PGSSLMODE": "require"}, ...),
+        ("postgres:///?ssl=true&sslmode=allow", {}, {"PGSSLMODE": "allow"}, ...),
+        ("postgres:///?ssl=false", {}, {}, ...),
+        # Hosts
+        ("postgres://%2Ftmp%2Fpg:7/", {}, {"PGHOST": "/tmp/pg", "PGPORT": "7"}, ...),
+        ("postgres://[::1]:7/", {}, {"PGHOST": "::1", "PGPORT": "7"}, ...),
+        ("postgres://h,i:2,[::1]/", {}, {"PGHOST": "h,i,::1", "PGPORT": "5432,2,5432"}, ...),
+        ("postgres://h,i/", {"PGPORT": "6"}, {"PGHOST": "h,i", "PGPORT": "5432,5432"}, ...),
+        ("postgres:///?host=h,i&port=1,", {}, {"PGHOST": "h,i", "PGPORT": "1,"}, ...),
+        ("postgres://h/?hostaddr=::2", {}, {"PGHOST": "h", "PGHOSTADDR": "::2"}, ...),
+        ("postgres://h/", {"PGHOSTADDR": "::2"}, {"PGHOST": "h"}, ...),
+        ("postgres:///?host=h", {"PGHOSTADDR": "::2"}, {"PGHOST": "h"}, ...),
+        ("postgres://u@/", {"PGHOSTADDR": "::2"}, {"PGHOSTADDR": "::2", "PGUSER": "u"}, ...),
+        # Every parameter that libpq has a variable for; the others stay in the URL.
+        ("postgres:///?options=-c%20role%3Dx", {}, {"PGOPTIONS": "-c role=x"}, ...),
+        ("postgres:///?passfile=%2Fx", {}, {"PGPASSFILE": "/x"}, ...),
+        ("postgres:///?sslcert=c&sslkey=k", {}, {"PGSSLCERT": "c", "PGSSLKEY": "k"}, ...),
+        ("postgres:///?connect_timeout=3", {}, {"PGCONNECT_TIMEOUT": "3"}, ...),
+        ("postgres:///?application_name=x", {}, {"PGAPPNAME": "x"}, ...),
+        ("postgres:///?schema=a&pgbouncer=true&keepalives=1&sslpassword=x", {}, {}, ...),
+        # What the URL does not give is the caller's.
+        ("postgres://u:p@h/", {"PGPORT": "5433", "PGHOST": "x", "PGUSER": "y"}, THERE, ...),
+        ("postgres://h/", {"PGAPPNAME": "x"}, {"PGHOST": "h", "PGAPPNAME": "x"}, ...),
+        ("postgres://h/", {"PGCLUSTER": "15/main"}, {"PGHOST": "h", "PGCLUSTER": "15/main"}, ...),
+        ("", {"PGHOST": "h,h", "PGPORT": "1,55431"}, {"PGHOST": "h,h", "PGPORT": "1,55431"}, ""),
+        (None, THERE, THERE, None),
+    ],
+)  # fmt: skip
+def test_the_url_decides_and_the_variables_agree(
+    url: str | None, env: dict[str, str], variables: dict[str, str], new: Any
+) -> None:
+    def with_url(variables: dict[str, str], url: str | None) -> dict[str, str]:
+        return variables if url is None else {**variables, "DATABASE_URL": url}
+
+    if new is ...:
+        assert url is not None
+        new = re.sub(r"/(?=\?|$)", "/db0", url)
+    caller = with_url({"PGDATABASE": "dev", **env}, url)
+    assert pgmanager.env_for("db0", caller) == with_url({**variables, "PGDATABASE": "db0"}, new)
+
+
+def ask_libpq(env: dict[str, str], url: str | None = None) -> dict[str, bytes | None]:
+    """Return where libpq would connect to, given a URL or with the environment alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.startswith("PG")]:
+            patch.delenv(variable)
+        for variable, value in env.items():
+            patch.setenv(variable, value)
+        options = psycopg.pq.Conninfo.get_defaults()
+        if url is not None:
+            given = psycopg.pq.Conninfo.parse(os.fsencode(url))
+            options += [one for one in given if one.val is not None]
+    known = {os.fsencode(keyword) for keyword in pgmanager.VARIABLES} | {b"dbname"}
+    answer = {one.keyword.decode(): one.val for one in options if one.keyword in known}
+    answer["port"] = b",".join(port or b"5432" for port in (answer["port"] or b"").split(b","))
+    return answer
+
+
+LOGINS = " u@ u:p@ :p@ @ u:@ a+b:c+d@ u%40:%2F%25@ u:a?b:c@ %e9@"
+HOSTS = " h h:1 h: h,i h:1,i h,i:2 , [::1]:5,h %2Ftmp:7 h%2Ci"
+PARAMETERS = """host=x host= host=%2Ftmp host=a,b port=7 port=7,8 port=, hostaddr=::1 user=v
+    password=a+b password= options=-c%20role%3Dx passfile=x sslmode=allow ssl=true %73sl=true
+    dbname=z d%62name=z connect_timeout=3 application_name=x%20y sslcert=c"""
+URLS = st.builds(
+    "{}://{}{}{}{}".format,
+    st.sampled_from(["postgres", "postgresql"]),
+    st.sampled_from(LOGINS.split(" ")),
+    st.sampled_from(HOSTS.split(" ")),
+    st.sampled_from(["", "/", "/dev", "/d%2F"]),
+    st.lists(st.sampled_from(PARAMETERS.split()), max_size=3).map(
+        lambda some: "?" * bool(some) + "&".join(some)
+    ),
+)
+ODD_NAME = "a%/\u00e9 ?b&c=d#"
+CALLERS: list[dict[str, str]] = [
+    {"PGHOST": "c"}, {"PGPORT": "6"}, {"PGHOST": "c,d", "PGPORT": "6,7"}, {"PGUSER": "x"},
+    {"PGSSLMODE": "prefer", "PGOPTIONS": "-c a=b", "PGDATABASE": "dev"}, {},
+]  # fmt: skip
+
+
+@settings(deadline=None)
+@given(url=URLS, caller=st.sampled_from(CALLERS), database=st.sampled_from(["db0", ODD_NAME]))
+def test_libpq_meets_the_same_server_by_the_url_and_by_the_variables(
+    url: str, caller: dict[str, str], database: str
+) -> None:
+    there = {**ask_libpq(caller, url), "dbname": os.fsencode(database)}
+    env = pgmanager.env_for(database, {**caller, "DATABASE_URL": url})
+    assert ask_libpq(env) == there
+    assert ask_libpq(env, env["DATABASE_URL"]) == there
+
+
+LOGIN = "postgresql://u:secret@"
+
+
+@pytest.mark.parametrize(
+    ("env", "error"),
+    [
+        ({"PGSERVICE": "mine"}, "PGSERVICE is set: "),
+        ({"PGSERVICE": "mine", "DATABASE_URL": LOGIN + "h/"}, "PGSERVICE is set: "),
+        ({"PGSERVICE": ""}, "PGSERVICE is set: "),  # which libpq refuses
+        ({"DATABASE_URL": LOGIN + "h/?service=mine"}, "DATABASE_URL names a service"),
+        ({"DATABASE_URL": LOGIN + "h/?ser%76ice="}, "DATABASE_URL names a service"),
+        ({"PGCLUSTER": "15/main"}, "PGCLUSTER is set: "),
+        ({"PGCLUSTER": "15/main", "DATABASE_URL": LOGIN + "/"}, "PGCLUSTER is set: "),
+        ({"PGCLUSTER": "15/main", "PGHOSTADDR": "::1"}, "PGCLUSTER is set: "),
+        ({"DATABASE_URL": "mysql://u:secret@h/db"}, "its scheme is 'mysql'; correct it to "),
+        ({"DATABASE_URL": "sqlite:///secret"}, "its scheme is 'sqlite'; "),
+        ({"DATABASE_URL": "jdbc:postgresql://h/?password=secret"}, "is 'jdbc:postgresql'; "),
+        ({"DATABASE_URL": "postgresqlx://u:secret@h/"}, "is 'postgresqlx'; "),
+        ({"DATABASE_URL": "host=h password=secret"}, "cannot read DATABASE_URL: it is no URL; "),
+        ({"DATABASE_URL": "u:secret@h/"}, "cannot read DATABASE_URL: it is no URL; "),
+        ({"DATABASE_URL": LOGIN + "h:secret/"}, "its host or its port is wrong; "),
+        ({"DATABASE_URL": LOGIN + "[::1/"}, "its host or its port is wrong; "),
+        ({"DATABASE_URL": "postgresql://u:sec/ret@h/"}, "its host or its port is wrong; "),
+        ({"DATABASE_URL": "postgresql://u:73637265/t@h/"}, "its host or its port is wrong; "),
+        ({"DATABASE_URL": "postgresql://u:sec%ret@h/"}, "without two hex digits; "),
+        ({"DATABASE_URL": "postgresql://u:sec%00ret@h/"}, "without two hex digits; "),
+        ({"DATABASE_URL": LOGIN + "h/?password=sec%ret"}, "without two hex digits; "),
+        ({"DATABASE_URL": LOGIN + "h:0/"}, "bad port of PostgreSQL: '0'"),
+        ({"DATABASE_URL": LOGIN + "/?port=5432%23x"}, "bad port of PostgreSQL: '5432#x'"),
+    ],
+)
+def test_what_may_lead_elsewhere_is_refused_and_no_password_is_shown(
+    env: dict[str, str], error: str
+) -> None:
+    with pytest.raises(pgmanager.UsageError) as caught:
+        pgmanager.env_for("db0", env)
+    assert error in str(caught.value)
+    assert not re.search("sec|ret|7363|\n", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "exec -s PATH -- touch ran",
+        "wrap-each --prefix x -- touch ran",
+        "serve --prefix x --prepare touch&ran",
+        "wrap --prefix x --template t -- touch ran",
+        "wrap --prefix x --init touch&ran -- touch ran",
+        "wrap --prefix x -- touch ran",
+    ],
+)
+def test_no_command_runs_anything_where_a_service_may_lead_elsewhere(
+    words: str, folder: Path, server: Process, path: str
+) -> None:
+    env = {**os.environ, "PGSERVICE": "mine"}
+    command = [word.replace("PATH", path).replace("&", " ") for word in words.split()]
+    assert is_refused(run(*command, cwd=folder, env=env), "PGSERVICE is set: ", "set PGHOST")
+    assert os.listdir(folder) == ["s"]
+    assert observe(path)["leases"] == 0
+
+
+def test_commands_and_preparations_are_led_to_their_database_by_the_url(
+    folder: Path, path: str, monkeypatch: Patch
+) -> None:
+    shows = 'echo "$PGDATABASE $PGUSER $PGPASSWORD $PGHOST $PGPORT $PGSSLMODE $DATABASE_URL"'
+    monkeypatch.setenv("PGPORT", "1")
+    monkeypatch.setenv("PGHOST", "elsewhere")
+    monkeypatch.setenv("DATABASE_URL", "postgres://u:p%40@h:2/old?schema=a&sslmode=allow")
+    expected = "{0} u p@ h 2 allow postgres://u:p%40@h:2/{0}?schema=a&sslmode=allow\n"
+    with served(path, "--count", "1", "--prepare", f"{shows} > url", cwd=folder):
+        assert run("exec", "-s", path, "sh", "-c", shows).stdout == expected.format("db0")
+        assert Path(observe(path)["locks"]).name == "2"
+    assert (folder / "url").read_text() == expected.format("db0")
+    each = ("wrap-each", "--prefix", os.fsdecode(b"caf\xe9_"), "--count", "1")
+    assert run(*each, "sh", "-c", 'echo "${DATABASE_URL#*@h:2/}"').stdout.startswith("caf%E9_0?")
 
 
 # ------------------------------------------------------------------------------------- Locks
@@ -1590,45 +1782,6 @@ def test_the_death_of_a_thousand_waiters_does_not_delay_the_next_grant(path: str
                 closed = time.monotonic()
                 assert name_of(last) == "db0"
                 assert time.monotonic() - closed < 0.5
-
-
-# ------------------------------------------------------------------------------- DATABASE_URL
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgis://user:p%40ss%2Fw%3Fo%23rd%25@host:5433/%",
-        "postgresql://[2001:db8::1]:5433/%",
-        "postgresql://%2Fvar%2Frun%2Fpostgresql/%",
-        "postgres:///%?host=%2Ftmp&port=5433#fragment",
-    ],
-)
-def test_only_the_database_of_a_url_is_replaced(url: str) -> None:
-    def leading_to(name: str, url: str) -> str:
-        return pgmanager._leading_to(name, {"DATABASE_URL": url})["DATABASE_URL"]
-
-    start, _, rest = url.rpartition("/%")
-    for old in ("/old", "/", "/old%2Fname", *([] if url.endswith("%") else [""])):
-        assert leading_to("a%/é b", f"{start}{old}{rest}") == f"{start}/a%25%2F%C3%A9%20b{rest}"
-    for query in ("?dbname=y", "?%64bname=y", "?"):  # which would win over the one in the path
-        assert leading_to("db0", f"postgresql://h{query}") == "postgresql://h/db0"
-
-
-def test_commands_and_preparations_are_led_to_their_database_by_the_url(
-    folder: Path, path: str, monkeypatch: Patch
-) -> None:
-    shows = 'echo "$PGDATABASE $DATABASE_URL"'
-    monkeypatch.setenv("DATABASE_URL", "postgres://u:p%40@h/old?a=b")
-    expected = "{0} postgres://u:p%40@h/{0}?a=b\n"
-    with served(path, "--count", "1", "--prepare", f"{shows} > url", cwd=folder):
-        assert run("exec", "-s", path, "sh", "-c", shows).stdout == expected.format("db0")
-    assert (folder / "url").read_text() == expected.format("db0")
-    each = ("wrap-each", "--prefix", os.fsdecode(b"caf\xe9_"), "--count", "1")
-    assert run(*each, "sh", "-c", 'echo "${DATABASE_URL#*@h/}"').stdout == "caf%E9_0?a=b\n"
-    monkeypatch.setenv("DATABASE_URL", "postgresql://u:se/cret@h/db")
-    for command in (each, ("exec", "-s", path)):
-        assert is_refused(run(*command, "echo"), "DATABASE_URL")
 
 
 # ------------------------------------------------------------------------- Preparing databases
