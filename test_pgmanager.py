@@ -1423,10 +1423,10 @@ def answering(path: str, answer: bytes) -> Iterator[None]:
         thread.join()
 
 
-def test_release_warns_once_if_the_server_went_away_and_there_was_no_lock(path: str) -> None:
+def test_release_warns_once_if_the_server_ended_and_there_was_no_lock(path: str) -> None:
     with answering(path, b"OK:db0"):  # as on macOS
         lease = pgmanager.acquire(socket_path=path)
-    with pytest.warns(RuntimeWarning, match="server went away while db0 was leased"):
+    with pytest.warns(RuntimeWarning, match="server ended while db0 was leased"):
         lease.release()
     lease.release()  # no second one, which would be an error here
 
@@ -1447,8 +1447,8 @@ def test_a_timeout_leaves_a_free_name_time_to_come_and_says_else_who_holds_what(
                 acquiring(given)
             assert isinstance(caught.value, TimeoutError)
             assert re.match(
-                rf"no database came free: \S+ s waited at {re.escape(one)}, 2 ahead; raise [^;]*; "
-                rf"db0 leased for \d+\.\d s {os.getpid()} \S",
+                rf"no database came free: \S+ s waited at {re.escape(one)}, 2 ahead; "
+                rf"[^;]*raise --count [^;]*; db0 leased for \d+\.\d s {os.getpid()} \S",
                 str(caught.value),
             ), caught.value
             wait_for_waiters(one, 2)  # it has left the queue
@@ -1457,8 +1457,8 @@ def test_a_timeout_leaves_a_free_name_time_to_come_and_says_else_who_holds_what(
 # What is at the socket, or what it answers; and what the client says.
 NO_GRANTS: dict[str, tuple[bytes | Callable[[str], object], str]] = {
     "closes": (b"", "the server closed the connection: {}"),
-    "another's": (b"HTTP/1.1 400", "no pgmanager server: {} says "),
-    "broken": (b"EMPTY:db0 is so", "no database can be had: db0 is so; "),
+    "another's": (b"HTTP/1.1 400", "not a pgmanager server: {} says "),
+    "broken": (b"EMPTY:db0 is so", "no database can be leased: db0 is so"),
     "nothing": (lambda path: None, "no server at the socket: {}; start one with"),
     "stale": (make_stale, "no server at the socket: {}; start one with"),
     "file": (lambda path: Path(path).touch(), "not a socket: {}; set PGM_SOCKET"),
@@ -1483,6 +1483,79 @@ def test_where_no_grant_comes_acquire_says_what_to_do(
     assert isinstance(caught.value, pgmanager.PoolBroken) == (kind == "broken")
     assert str(caught.value).startswith(text.format(path))
     assert "\n" not in str(caught.value)
+
+
+@in_both_ways
+def test_an_error_for_want_of_a_server_says_whether_pgm_socket_is_set(
+    acquiring: Acquiring, folder: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(folder)
+    for variable in (None, "PGMANAGER_SOCKET", "PGM_SOCKET"):
+        if variable:
+            monkeypatch.setenv(variable, pgmanager.DEFAULT_SOCKET)
+        with pytest.raises(pgmanager.ServerError, match="no server at the socket") as caught:
+            acquiring()
+        assert ("PGM_SOCKET is not set here" in str(caught.value)) == (variable is None)
+
+
+@pytest.mark.parametrize(
+    ("error", "bases"),
+    [
+        (pgmanager.UsageError, ValueError),
+        (pgmanager.ServerError, ConnectionError),
+        (pgmanager.PoolBroken, pgmanager.ServerError),
+        (pgmanager.AcquireTimeout, TimeoutError),
+        (pgmanager.SocketError, None),
+        (pgmanager.LockError, None),
+    ],
+)
+def test_errors_have_one_base_and_the_one_that_a_caller_expects(error: Any, bases: Any) -> None:
+    assert issubclass(error, pgmanager.Error)
+    assert issubclass(error, bases or Exception)
+    assert issubclass(error, OSError) == bool(bases and issubclass(bases, OSError))
+
+
+WANTING_TWO = """
+import asyncio, pgmanager, sys
+
+async def wait():
+    async with pgmanager.acquire_async() as lease:
+        print(lease, flush=True)
+
+print(pgmanager.acquire(), flush=True)
+input()
+if sys.argv[1] == "acquires":
+    print(pgmanager.acquire(), flush=True)
+else:
+    asyncio.run(wait())
+input()
+"""
+
+
+def test_who_waits_says_once_after_ten_seconds_that_every_holder_waits_itself(path: str) -> None:
+    env = {**os.environ, "PGM_SOCKET": path}
+    ways = ("acquires", "acquires_async") * 2
+    with served(path, "--count", "4"), contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(coded(WANTING_TWO, way, env=env)) for way in ways]
+        names = [next_line(process) for process in processes]
+        assert set(names) == {"db0", "db1", "db2", "db3"}
+        begun = time.monotonic()
+        for number, process in enumerate(processes, 1):
+            with pytest.raises(pgmanager.AcquireTimeout, match="ahead; raise --count on"):
+                pgmanager.acquire(0, socket_path=path)
+            print("", file=process.stdin, flush=True)
+            wait_for_waiters(path, number)
+        for ahead, process in enumerate(processes):
+            assert process.stderr
+            said = process.stderr.readline()
+            assert said.startswith("pgmanager: waiting for a database: ")
+            assert f" at {path}, {ahead} ahead; every process that has one waits for " in said
+            assert f"{names[0]} leased for " in said
+        assert 9 < time.monotonic() - begun < DEADLINE
+        processes[-1].kill()
+        assert next_line(processes[0]) == names[-1]
+        processes[1].kill()
+        assert processes[1].communicate()[1] == ""
 
 
 @pytest.mark.parametrize("at", ["waiting", "its turn"])
@@ -1513,7 +1586,7 @@ def test_a_client_that_has_no_descriptor_for_the_lock_raises_and_keeps_nothing(o
         number = lowest.fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (number + 1, hard))  # for the connection
     try:
-        with pytest.raises(pgmanager.ServerError, match="no descriptor was free for a name's lock"):
+        with pytest.raises(pgmanager.ServerError, match="no descriptor is left for the lock"):
             pgmanager.acquire()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
