@@ -1547,6 +1547,7 @@ def test_who_waits_says_once_after_ten_seconds_that_every_holder_waits_itself(pa
             wait_for_waiters(path, number)
         for ahead, process in enumerate(processes):
             assert process.stderr
+            assert not silent(process.stderr, DEADLINE)
             said = process.stderr.readline()
             assert said.startswith("pgmanager: waiting for a database: ")
             assert f" at {path}, {ahead} ahead; every process that has one waits for " in said
