@@ -1559,6 +1559,8 @@ def pytest_runtest_setup(item: Any) -> None:
     if pytest_state.problem:
         import pytest
 
+        if item.session.shouldfail:  # xdist before 3.6 goes on; this ends it
+            pytest.exit(pytest_state.problem)
         item.session.shouldfail = pytest_state.problem
         pytest.fail(pytest_state.problem, pytrace=False)
 
