@@ -274,7 +274,7 @@ LIMIT = 107 if sys.platform == "linux" else 103  # of a socket's path, in bytes
         ({"PGM_TEMPLATE": "t", "PGM_PREPARE": "true"}, "both template and prepare"),
         ({"PGPORT": "many"}, "bad port of PostgreSQL: 'many'"),
         ({"PGPORT": "1,,0"}, "bad port of PostgreSQL: '0'"),
-        ({"PGSERVICE": "mine"}, "PGSERVICE is set: "),
+        ({"PGSERVICE": "mine"}, "PGSERVICE is set, "),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_before_anything_starts(
@@ -442,14 +442,14 @@ LOGIN = "postgresql://u:secret@"
 @pytest.mark.parametrize(
     ("env", "error"),
     [
-        ({"PGSERVICE": "mine"}, "PGSERVICE is set: "),
-        ({"PGSERVICE": "mine", "DATABASE_URL": LOGIN + "h/"}, "PGSERVICE is set: "),
-        ({"PGSERVICE": ""}, "PGSERVICE is set: "),  # which libpq refuses
+        ({"PGSERVICE": "mine"}, "PGSERVICE is set, "),
+        ({"PGSERVICE": "mine", "DATABASE_URL": LOGIN + "h/"}, "PGSERVICE is set, "),
+        ({"PGSERVICE": ""}, "PGSERVICE is set, "),  # which libpq refuses
         ({"DATABASE_URL": LOGIN + "h/?service=mine"}, "DATABASE_URL names a service"),
         ({"DATABASE_URL": LOGIN + "h/?ser%76ice="}, "DATABASE_URL names a service"),
-        ({"PGCLUSTER": "15/main"}, "PGCLUSTER is set: "),
-        ({"PGCLUSTER": "15/main", "DATABASE_URL": LOGIN + "/"}, "PGCLUSTER is set: "),
-        ({"PGCLUSTER": "15/main", "PGHOSTADDR": "::1"}, "PGCLUSTER is set: "),
+        ({"PGCLUSTER": "15/main"}, "PGCLUSTER is set"),
+        ({"PGCLUSTER": "15/main", "DATABASE_URL": LOGIN + "/"}, "PGCLUSTER is set"),
+        ({"PGCLUSTER": "15/main", "PGHOSTADDR": "::1"}, "PGCLUSTER is set"),
         ({"DATABASE_URL": "mysql://u:secret@h/db"}, "its scheme is 'mysql'; correct it to "),
         ({"DATABASE_URL": "sqlite:///secret"}, "its scheme is 'sqlite'; "),
         ({"DATABASE_URL": "jdbc:postgresql://h/?password=secret"}, "is 'jdbc:postgresql'; "),
@@ -492,7 +492,7 @@ def test_no_command_runs_anything_where_a_service_may_lead_elsewhere(
 ) -> None:
     env = {**os.environ, "PGSERVICE": "mine"}
     command = [word.replace("PATH", path).replace("&", " ") for word in words.split()]
-    assert is_refused(run(*command, cwd=folder, env=env), "PGSERVICE is set: ", "set PGHOST")
+    assert is_refused(run(*command, cwd=folder, env=env), "PGSERVICE is set, ", "set PGHOST")
     assert os.listdir(folder) == ["s"]
     assert observe(path)["leases"] == 0
 
@@ -2896,7 +2896,10 @@ def test_a_platform_without_unix_sockets_is_told_in_one_line() -> None:
 
 CONFTEST = """
 import os
-AT_IMPORT = os.environ.get("PGDATABASE"), os.environ.get("DATABASE_URL")
+from pathlib import Path
+AT_IMPORT = os.environ["PGDATABASE"]
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    Path("main").write_text(f"{AT_IMPORT} {os.environ.get('DATABASE_URL')}")
 """
 EARLY = """
 import os
@@ -2906,41 +2909,60 @@ def pytest_load_initial_conftests():
 """
 TELLING = """
 import conftest, contextlib, early, os, pytest
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    with contextlib.suppress(FileNotFoundError):  # of two workers one gets it
+        Path("crash-in-collection").unlink()
+        os._exit(1)
 
 @pytest.mark.parametrize("number", range(8))
 def test(number):
-    now = os.environ.get("PGDATABASE"), os.environ.get("DATABASE_URL")
-    assert now == conftest.AT_IMPORT
-    assert now[0] == early.SEEN
     who = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    seen = early.SEEN, conftest.AT_IMPORT
+    now = [os.environ.get(name) for name in ("PGDATABASE", "DATABASE_URL", "PGHOST")]
     with open("told", "a") as file:
-        file.write(f"{who} {now[0]} {now[1]}\\n")
-    with contextlib.suppress(FileNotFoundError):  # of two workers one gets it
-        os.unlink("crash")
+        print(who, *seen, *now, file=file)
+    with contextlib.suppress(FileNotFoundError):
+        Path("crash").unlink()
         os._exit(1)
 """
+URL = "postgres://u@h/old?a=b"
+NOWHERE = "pgmanager_no_database_in_the_xdist_controller"
 
 
-def run_pytest(folder: Path, path: str, *words: str, **more: str) -> Any:
-    """Run pytest, with no plugins but those of interest, in a folder with a telling test."""
+def pytest_run(folder: Path, path: str, *words: str, **more: str) -> dict[str, Any]:
+    """Return how to run pytest, with no plugins but those of interest, on telling tests."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "early.py").write_text(EARLY)  # another plugin, which would be called first
-    (folder / "test_app.py").write_text(TELLING)
+    if not (folder / "test_app.py").exists():
+        (folder / "test_app.py").write_text(TELLING)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env.update(PYTHONPATH=f"{folder}:{MODULE.parent}", PGM_SOCKET=path, **more)
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     plugins = ["-p", "xdist"] * ("no:xdist" not in words)
     command = [sys.executable, "-m", "pytest", *plugins, "-p", "no:cacheprovider", *words]
     command += ["-p", "early"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    return {"args": command, "cwd": folder, "env": env, "stdin": subprocess.DEVNULL}
+
+
+def run_pytest(folder: Path, path: str, *words: str, **more: str) -> Any:
+    """Run pytest with the plugin to its end."""
+    options = pytest_run(folder, path, "-p", "pgmanager", *words, **more)
+    return subprocess.run(**options, capture_output=True, text=True, timeout=DEADLINE * 3)
+
+
+def told(folder: Path) -> list[list[str]]:
+    """Return what each test has told: who ran it, and the databases that it saw."""
+    return [line.split() for line in (folder / "told").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     ("words", "workers", "url"),
     [
         ("-p pgmanager -p no:xdist", 1, None),
-        ("-p pgmanager -n 0", 1, "postgres://u@h/old?a=b"),
-        ("-p pgmanager -n auto", 2, "postgres://u@h/old?a=b"),
+        ("-p pgmanager -n 0", 1, URL),
+        ("-p pgmanager -n auto", 2, URL),
         ("-p pgmanager -n auto --pdb", 1, None),
         ("-p pgmanager --tx 2*popen --dist each", 2, None),
         ("-n 2", 2, None),  # and the rest in a file
@@ -2956,48 +2978,213 @@ def test_each_process_that_runs_tests_has_a_database_before_conftests_are_read(
     shutil.copy(MODULE, folder / "tools")
     more = {"PYTEST_XDIST_AUTO_NUM_WORKERS": "2", **({"DATABASE_URL": url} if url else {})}
     with served(path, "--count", "3"):
-        done = run_pytest(folder, path, *words.split(), **more)
+        options = pytest_run(folder, path, *words.split(), **more)
+        done = subprocess.run(**options, capture_output=True, text=True, timeout=DEADLINE * 3)
         assert done.returncode == 0, done.stdout + done.stderr
-        having: dict[str, set[str]] = {}
-        for one in (folder / "told").read_text().splitlines():
-            who, _, what = one.partition(" ")
-            having.setdefault(who, set()).add(what)
-        assert all(len(databases) == 1 for databases in having.values())
-        assert len(set.union(*having.values())) == len(having)
-        urls = {f"db{n} {url and url.replace('old', f'db{n}')}" for n in range(3)}
-        assert set.union(*having.values()) <= urls
+        having: dict[str, str] = {}
+        for who, early, at_import, name, its_url, host in told(folder):
+            assert early == at_import == name == having.setdefault(who, name)
+            assert (its_url, host) == ((url.replace("old", name), "h") if url else ("None", "None"))
+        assert len(set(having.values())) == len(having) <= workers
+        assert set(having.values()) <= {"db0", "db1", "db2"}
         assert observe(path)["leases"] == workers
         wait_for_free(path)
 
 
-def test_a_worker_that_crashes_gives_its_database_to_the_one_that_replaces_it(
-    folder: Path, path: str
+@pytest.mark.parametrize("words", ["-n auto", "--tx popen"])
+def test_what_was_taken_for_the_controller_but_runs_the_tests_has_a_database(
+    words: str, folder: Path, path: str
 ) -> None:
-    (folder / "crash").touch()
-    with served(path, "--count", "2"):
-        done = run_pytest(folder, path, "-p", "pgmanager", "-n", "2")
-        assert "1 failed, " in done.stdout, done.stdout + done.stderr
-        assert "replacing crashed worker" in done.stdout
-        assert observe(path)["leases"] == 3
-    named = {line.split()[1] for line in (folder / "told").read_text().splitlines()}
-    assert named <= {"db0", "db1"}
+    with served(path, "--count", "1"):
+        more = {"PYTEST_XDIST_AUTO_NUM_WORKERS": "0", "DATABASE_URL": URL}
+        done = run_pytest(folder, path, *words.split(), **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert observe(path)["leases"] == 1
+    assert told(folder) == [["main", NOWHERE, NOWHERE, "db0", URL.replace("old", "db0"), "h"]] * 8
 
 
 @pytest.mark.parametrize(
-    ("words", "url", "said"),
+    ("more", "seen"),
     [
-        ("-p no:xdist", "", "no server at the socket: PATH; "),
-        ("-n 2", "", "no server at the socket: PATH; "),
-        ("-n 0", "mysql://h/x", "cannot read DATABASE_URL: "),
-        ("-n 3", "", "too few databases: 2 for 3 workers; "),  # none would ever begin
+        ({}, f"{NOWHERE} None"),
+        ({"DATABASE_URL": URL}, f"{NOWHERE} {URL.replace('old', NOWHERE)}"),
+        ({"DATABASE_URL": URL, "PGDATABASE": "mine"}, f"mine {URL}"),
+    ],
+)
+def test_the_controller_has_a_database_that_is_none_unless_the_caller_has_set_one(
+    more: dict[str, str], seen: str, folder: Path, path: str
+) -> None:
+    with served(path, "--count", "1"):
+        done = run_pytest(folder, path, "-n", "1", **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "main").read_text() == seen
+    assert {name for _, *databases, _, _ in told(folder) for name in databases} == {"db0"}
+
+
+WITHOUT_TESTS = ["--help", "--version", "--markers", "--fixtures", "--fixtures-per-test"]
+WITHOUT_TESTS += ["--cache-show", "--collect-only", "--setup-plan"]
+
+
+@pytest.mark.parametrize("word", WITHOUT_TESTS)
+def test_what_runs_no_test_needs_no_server(word: str, folder: Path, path: str) -> None:
+    for more in ((), ("-n", "2")):
+        words = [word, *more, *["-p", "cacheprovider"] * (word == "--cache-show")]
+        done = run_pytest(folder, path, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "pgmanager: " not in done.stdout + done.stderr
+        if word not in ("--help", "--version"):
+            assert (folder / "main").read_text() == f"{NOWHERE} None"
+
+
+@pytest.mark.parametrize("crash", ["crash", "crash-in-collection"])
+def test_a_worker_that_crashes_gives_its_database_to_the_one_that_replaces_it(
+    crash: str, folder: Path, path: str
+) -> None:
+    (folder / crash).touch()
+    with served(path, "--count", "2"):
+        done = run_pytest(folder, path, "-n", "2")
+        assert "replacing crashed worker" in done.stdout, done.stdout + done.stderr
+        assert ("1 failed, " in done.stdout) == (crash == "crash")
+        assert observe(path)["leases"] == 3
+        assert len(told(folder)) == 8
+    assert {name for _, _, _, name, _, _ in told(folder)} <= {"db0", "db1"}
+
+
+@contextlib.contextmanager
+def held(path: str, number: int) -> Iterator[list[Process]]:
+    """Lease names to other processes. Those of our own would count as the controller's."""
+    with contextlib.ExitStack() as stack:
+        words = ("exec", "-s", path, "--", "sh", "-c", 'echo "$PGDATABASE"; exec sleep 60')
+        processes = [stack.enter_context(started(*words)) for _ in range(number)]
+        assert all(next_line(process) for process in processes)
+        yield processes
+
+
+@pytest.mark.parametrize("why", ["held", "broken", "stopped"])
+def test_a_worker_without_a_database_ends_the_run_in_a_few_lines(
+    why: str, folder: Path, path: str
+) -> None:
+    words = ("--prepare", "echo oops >&2; false") if why == "broken" else ()
+    with served(path, "--count", "3", *words) as process, contextlib.ExitStack() as stack:
+        stack.enter_context(held(path, 2 if why == "held" else 0))
+        if why == "stopped":
+            process.send_signal(signal.SIGSTOP)
+        if why == "broken":
+            wait_until(lambda: set(states(path)) == {"broken"}, "the end of all preparations")
+        done = run_pytest(folder, path, "-n", "2", PGM_TIMEOUT="1")
+        process.send_signal(signal.SIGCONT)
+    output = done.stdout + done.stderr
+    assert done.returncode in (1, 2), output
+    assert output.count("\n") <= 30, output
+    said = "no database can be leased: cannot prepare db" if why == "broken" else "no database came"
+    assert re.search(f"^pgmanager: {said}", output, re.MULTILINE), output
+    if why == "held":
+        assert {name for _, _, _, name, _, _ in told(folder)} <= {"db2"}
+    else:
+        assert not (folder / "told").exists()
+
+
+def test_only_one_run_at_a_time_gathers_its_workers(folder: Path, path: str) -> None:
+    folders = [folder / name for name in ("first", "second", "third")]
+    for one in folders:
+        one.mkdir()
+    words = ("-p", "pgmanager", "-n", "2")
+    with served(path, "--count", "2"), contextlib.ExitStack() as stack:
+        holders = stack.enter_context(held(path, 2))
+        processes = []
+        for one in folders[:2]:
+            options = pytest_run(one, path, *words)
+            processes.append(stack.enter_context(started(program=options.pop("args"), **options)))
+            wait_for_waiters(path, 2)
+        assert is_locked(lock_file("db0.gather"))
+        impatient = run_pytest(folders[2], path, "-n", "2", PGM_TIMEOUT="0.5")
+        assert impatient.returncode == 4
+        assert "s for another pytest run to start its workers" in impatient.stderr
+        assert processes[1].stderr
+        assert not silent(processes[1].stderr, DEADLINE)
+        said = processes[1].stderr.readline()
+        assert said.startswith("pgmanager: waiting for another pytest run to start its workers: ")
+        assert said.endswith("/db0.gather\n")
+        wait_for_waiters(path, 2)  # both are of the first run
+        for holder in holders:
+            holder.kill()
+        for process in processes:
+            output = "".join(process.communicate(timeout=DEADLINE * 2))
+            assert process.returncode == 0, output
+        assert observe(path)["leases"] == 6
+        assert not is_locked(lock_file("db0.gather"))
+
+
+UNGATHERED = """
+import fcntl
+
+@pytest.mark.parametrize("number", range(8))
+def test(number):
+    with open(os.environ["GATHER"]) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the controller still has it
+"""
+
+
+def test_the_next_run_may_gather_once_all_workers_have_collected(folder: Path, path: str) -> None:
+    (folder / "test_app.py").write_text(TELLING[: TELLING.index("@pytest")] + UNGATHERED)
+    (folder / "crash-in-collection").touch()
+    with served(path, "--count", "2"):
+        done = run_pytest(folder, path, "-n", "2", GATHER=lock_file("db0.gather"))
+    assert "8 passed" in done.stdout, done.stdout + done.stderr
+
+
+NESTING = """
+import os, subprocess, sys
+
+def test():
+    assert os.environ.get("PYTEST_PLUGINS") == os.environ.get("EXPECTED")
+    assert ("kept" in sys.modules) == ("EXPECTED" in os.environ)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "nested.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+"""
+NESTED = """
+import os, sys
+
+def test():
+    assert "pgmanager" not in sys.modules
+    assert ("kept" in sys.modules) == ("EXPECTED" in os.environ)
+"""
+
+
+@pytest.mark.parametrize("words", ["-n 0", "-n 1"])
+@pytest.mark.parametrize("plugins", [{}, {"PYTEST_PLUGINS": "kept", "EXPECTED": "kept"}])
+def test_plugins_of_the_environment_are_kept_and_ours_does_not_leak_into_a_pytest_of_a_test(
+    plugins: dict[str, str], words: str, folder: Path, path: str
+) -> None:
+    (folder / "test_app.py").write_text(NESTING)
+    (folder / "nested.py").write_text(NESTED)
+    (folder / "kept.py").touch()
+    with served(path, "--count", "1"):
+        done = run_pytest(folder, path, *words.split(), **plugins)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert observe(path)["leases"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "said"),
+    [
+        ("-p no:xdist", {}, "no server at the socket: PATH; "),
+        ("-n 2", {}, "no server at the socket: PATH; "),
+        ("-n 0", {"DATABASE_URL": "mysql://h/x"}, "cannot read DATABASE_URL: "),
+        ("-n 2", {"PGSERVICE": "mine"}, "PGSERVICE is set, "),
+        ("-n 3", {}, "too few databases: 2 for 3 workers; give --count 3"),  # none would ever begin
+        ("exec -n 2", {}, "too few databases: 1 for 2 workers; give --count 3"),
     ],
 )
 def test_what_pytest_cannot_begin_with_is_one_line(
-    folder: Path, path: str, words: str, url: str, said: str
+    folder: Path, path: str, words: str, more: dict[str, str], said: str
 ) -> None:
-    more = {"DATABASE_URL": url} if url else {}
+    options = pytest_run(folder, path, "-p", "pgmanager", *words.split()[-2:], **more)
+    if words.startswith("exec"):
+        options["args"] = [*PGMANAGER, "exec", "--", *options["args"]]
     with contextlib.nullcontext() if "PATH" in said else served(path, "--count", "2"):
-        done = run_pytest(folder, path, "-p", "pgmanager", *words.split(), **more)
+        done = subprocess.run(**options, capture_output=True, text=True, timeout=DEADLINE * 2)
     output = done.stdout + done.stderr
     assert done.returncode == 4, output
     (line,) = (one for one in output.splitlines() if "pgmanager: " in one)
