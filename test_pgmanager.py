@@ -1920,14 +1920,30 @@ def test_every_database_is_prepared_before_its_first_lease_and_after_each_releas
 def test_as_many_are_prepared_at_once_as_there_are_processors(folder: Path, path: str) -> None:
     processors = os.cpu_count() or 1
     count = processors + 2
-    with gates(folder, count), served(path, "--count", f"{count}", "--prepare", GATED, cwd=folder):
+    words = ("--count", f"{count}", "--prepare", GATED)
+    with gates(folder, count), served(path, *words, cwd=folder), connected(path, count):
         wait_until(lambda: len(at_work(folder)) == processors, "as many at work")
         for _ in range(count):
             name = wait_until(lambda: list(folder.glob("run.*")), "one at work")[0].suffix[1:]
             open_gate(folder / name)
             wait_until(lambda name=name: not (folder / f"run.{name}").exists(), "its end")  # type: ignore[misc]
-        wait_for_free(path)
+        wait_until(lambda: set(states(path)) == {"leased"}, "a name for each")
     assert max(at_work(folder)) == processors
+
+
+def test_databases_that_were_never_prepared_are_prepared_only_when_they_are_needed(
+    folder: Path, path: str
+) -> None:
+    """Those that clients hold or wait for, and one for each processor."""
+    processors = os.cpu_count() or 1
+    words = ("--count", "64", "--prepare", 'echo >> "$PGDATABASE"')
+    with served(path, *words, cwd=folder):
+        for number, most in ((0, processors), (3, processors + 3), (1, processors + 3)):
+            with connected(path, number) as clients:
+                assert len({name_of(client) for client in clients}) == number
+                wait_until(lambda: states(path).count("free") >= processors, "the spares")
+                assert len(os.listdir(folder)) == most + 1  # and the socket
+                assert states(path).count("preparing") >= 64 - most
 
 
 def test_a_database_that_cannot_be_prepared_is_broken_and_says_why(path: str) -> None:
@@ -1981,7 +1997,6 @@ def test_the_end_of_a_server_ends_what_prepares_with_all_its_children(
         wait_until((folder / "up").exists, "the preparation")
         process.send_signal(number)
         assert process.wait(DEADLINE) == (0 if command == ["serve"] else -number)
-        assert not os.path.exists(lock_file(""))
         ps = ("ps", "-ostat=", "-p", ",".join((folder / "up").read_text().split()))
         wait_until(lambda: not subprocess.run(ps, capture_output=True).stdout.strip(b"Z\n"), "end")
         assert (folder / "asked").exists()  # psql takes its query back then
@@ -2025,7 +2040,7 @@ def test_a_stderr_that_nobody_reads_stops_nothing(path: str) -> None:
 
 def has_postgres() -> bool:
     with contextlib.suppress(pgmanager.PostgresError):
-        return bool(pgmanager._find_programs())
+        return bool(pgmanager.find_programs())
     return False
 
 
@@ -2049,7 +2064,7 @@ def test_each_lease_is_of_a_fresh_copy_of_the_template_once_that_is_there(
         admin.execute("CREATE DATABASE made")
         with psycopg.connect(url, dbname="made") as connection:
             connection.execute("CREATE TABLE kept AS SELECT 'seed'")
-        with served(path, "--count", "1", prefix=ODD):
+        with served(path, "--count", "1", prefix=ODD) as server:
             with connect(path) as client:
                 answer = client.recv(1024).decode()
                 assert answer.startswith(f"EMPTY:cannot prepare {ODD}0: exit status ")
@@ -2067,7 +2082,37 @@ def test_each_lease_is_of_a_fresh_copy_of_the_template_once_that_is_there(
                 wait_for_free(path)
                 with pytest.raises(psycopg.OperationalError), leftover:  # it was cut
                     leftover.execute("SELECT 1")
+            assert "NOTICE" not in ended(server)  # of DROP DATABASE IF EXISTS
         postgres.communicate("\n", timeout=DEADLINE)
+
+
+FAILS = "psql -Xc 'DROP TABLE IF EXISTS t' -c 'SELECT no_such()'"
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--prepare", FAILS), "ERROR:  function no_such() does not exist; HINT:  No function"),
+        (
+            ("--template", "template1"),
+            'FATAL:  permission denied for database "postgres"; pgmanager connects to the database '
+            "postgres to create others: GRANT CONNECT ON DATABASE postgres TO this role",
+        ),
+    ],
+)
+def test_the_reason_is_the_first_error_of_postgresql_with_its_hint_or_a_cure(
+    postgres: None, path: str, words: tuple[str, ...], reason: str, monkeypatch: Patch
+) -> None:
+    with psycopg.connect(dbname="postgres", autocommit=True) as admin:
+        admin.execute("CREATE ROLE poor LOGIN CREATEDB")
+        admin.execute("REVOKE CONNECT ON DATABASE postgres FROM public")
+    monkeypatch.setenv("PGUSER", "poor")
+    with served(path, "--count", "1", *words, prefix="test_"), connect(path) as client:
+        assert reason in client.recv(1024).decode().replace(" error: ", "")
+    done = run("wrap", "--prefix", "db", "--init", "true", "echo", "ran")
+    assert (done.returncode, done.stdout, is_one_line(done.stderr)) == (125, "", True)
+    assert "GRANT CONNECT ON DATABASE postgres" in done.stderr
 
 
 # -------------------------------------------------------------------------------------- Status
@@ -2094,6 +2139,7 @@ def test_the_status_document_has_the_fields_of_the_contract(path: str) -> None:
             "pid": server.pid,
             "command": "serve",
             "socket": path,
+            "locks": os.path.dirname(lock_file("db0")),
             "databases": [{"name": "db0", **row}, {"name": "db1", **row}],
             "waiting": [mine, mine],
             "leases": 2,
@@ -2134,6 +2180,10 @@ def test_status_shows_waiters_in_order_and_sums_up_what_they_waited(path: str) -
             line.append(stack.enter_context(waiter))
             wait_for_waiters(path, place)
         assert [row["pid"] for row in observe(path)["waiting"]] == [job.pid for job in line]
+        before, after = observe(path), observe(path)  # waiting that goes on counts as well
+        for total in ("wait_seconds_max", "wait_seconds_total"):
+            assert 0 < before[total] < after[total]
+        assert after["wait_seconds_max"] < after["wait_seconds_total"]
         holder.close()
         wait_for_waiters(path, 2)
         status = observe(path)
@@ -2146,6 +2196,7 @@ def test_hundreds_of_observations_change_nothing(folder: Path, path: str) -> Non
         status = observe(path)
         for row in [*status["databases"], *status["waiting"]]:
             del row["seconds"]
+        del status["wait_seconds_total"], status["wait_seconds_max"]
         return status
 
     with served(path, "--count", "2"), connected(path, 4):
@@ -2193,6 +2244,37 @@ def test_status_where_nothing_serves_is_an_error(folder: Path, path: str) -> Non
         assert str(folder / name) in done.stderr
 
 
+@pytest.mark.parametrize("why", ["stopped", "too many clients"])
+def test_a_server_that_answers_nobody_is_an_error_that_says_why(path: str, why: str) -> None:
+    limited = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh", *PGMANAGER)
+    with served(path, "--count", "1", program=limited) as server, contextlib.ExitStack() as stack:
+        if why == "stopped":
+            server.send_signal(signal.SIGSTOP)
+        for _ in range(40 if why == "too many clients" else 0):
+            stack.enter_context(connect(path))
+        done = run("status", "-s", path)
+        assert (done.returncode, done.stdout, is_one_line(done.stderr)) == (125, "", True)
+        assert path in done.stderr
+        assert why in done.stderr
+
+
+@needs_postgres
+def test_status_without_a_socket_shows_every_server_of_the_user(folder: Path, path: str) -> None:
+    """But where one serves at the default path, that one."""
+    (folder / "elsewhere").mkdir()
+    with served(path, "--count", "1", prefix="served"), contextlib.ExitStack() as stack:
+        for words in (["--prefix", "first"], ["--prefix", "second"], ["--ephemeral"]):
+            command = ("wrap", *words, "--count", "1", "sh", "-c", STAYING)
+            wrap = started(*command, stdin=subprocess.PIPE, cwd=folder)
+            next_line(stack.enter_context(wrap))
+        text = run("status", cwd=folder / "elsewhere").stdout
+        documents = json.loads(run("status", "--json", cwd=folder / "elsewhere").stdout)
+        for shown in text.split(), [each["databases"][0]["name"] for each in documents]:
+            assert {*shown} >= {"served0", "first0", "second0", "test_0"}
+        here = json.loads(run("status", "--json", cwd=folder).stdout)
+        assert here["databases"][0]["name"] == "first0"
+
+
 # One that serves on a socket and is no pgmanager, or does not know observers.
 ANOTHER_PROGRAM = """
 import socket, sys
@@ -2224,10 +2306,7 @@ def test_a_server_of_another_make_gives_no_status_and_is_left_alone(
         next_line(another)
         done = run("status", "-s", path)
         assert (done.returncode, done.stdout) == (125, "")
-        assert f"no status to be had: {path}" in done.stderr
-        done = run("wrap", "-s", path, "--prefix", "db", "echo")
-        assert (done.returncode, done.stdout) == (125, "")
-        assert f"socket is in use: {path}" in done.stderr
+        assert f"no status to be had from the server: {path}" in done.stderr
         assert os.path.exists(path)
 
 
@@ -2264,6 +2343,67 @@ def test_wrap_joins_the_wrap_that_it_runs_under(folder: Path) -> None:
     assert "not used: --prefix; " in done.stderr
     assert done.returncode == 0
     assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "unused"),
+    [
+        ("PGM_DATABASE_PREFIX=inner PGM_DATABASE_COUNT=3", "PGM_DATABASE_PREFIX"),
+        ("PGM_DATABASE_PREFIX=outer PGM_DATABASE_COUNT=4", "PGM_DATABASE_COUNT"),
+        (
+            "PGM_DATABASE_PREFIX=inner PGM_DATABASE_COUNT=4",
+            "PGM_DATABASE_PREFIX, PGM_DATABASE_COUNT",
+        ),
+        ("PGM_DATABASE_PREFIX=outer PGM_DATABASE_COUNT=3", ""),
+    ],
+)
+def test_a_wrap_in_a_wrap_names_the_variables_that_it_does_not_use(
+    folder: Path, environment: str, unused: str
+) -> None:
+    inner = f"{environment} {shlex.join(PGMANAGER)} wrap sh -c {shlex.quote(ASKING)}"
+    done = run("wrap", "--prefix", "outer", "--count", "3", "sh", "-c", inner, cwd=folder)
+    assert (done.stdout, done.returncode) == ("outer0\n", 0)
+    assert is_one_line(done.stderr) == bool(unused)
+    if unused:
+        assert f"not used: {unused}; " in done.stderr
+        assert "for a second pool give -s" in done.stderr
+
+
+def test_wraps_that_are_started_at_once_all_run(folder: Path) -> None:
+    script = f'test -S "$PGM_SOCKET" && {ASKING}'
+    words = ("wrap", "--prefix", "db", "--count", "2", "sh", "-c", script)
+    for _ in range(4):
+        with contextlib.ExitStack() as stack:
+            wraps = [stack.enter_context(started(*words, cwd=folder)) for _ in range(6)]
+            for wrap in wraps:
+                output, said = wrap.communicate(timeout=DEADLINE)
+                assert (wrap.returncode, output[:2], said) == (0, "db", "")
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("way", ["-s", "PGM_SOCKET", "PGMANAGER_SOCKET", "default"])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("file", "is not a socket"), ("folder", "is not a socket"), ("server", "in use")],
+)
+def test_what_is_no_server_of_ours_at_the_socket_is_an_error_of_wrap(
+    folder: Path, kind: str, error: str, way: str
+) -> None:
+    path = folder / "tmp" / "pgmanager.sock"
+    path.parent.mkdir()
+    with contextlib.ExitStack() as stack:
+        if kind == "server":
+            program = quick_python(ANOTHER_PROGRAM, str(path), "OK:x", "waits")
+            next_line(stack.enter_context(started(program=program)))
+        else:
+            path.touch() if kind == "file" else path.mkdir()
+        env = {**os.environ, way: str(path)} if way.startswith("PGM") else None
+        words = ("-s", str(path)) if way == "-s" else ()
+        done = run("wrap", *words, "--prefix", "db", "echo", "ran", cwd=folder, env=env)
+        assert (done.returncode, done.stdout, is_one_line(done.stderr)) == (125, "", True)
+        assert str(path) in done.stderr
+        assert error in done.stderr
+        assert path.exists()
 
 
 def test_wrap_stands_beside_another_wrap_on_a_socket_of_its_own(folder: Path) -> None:
@@ -2330,13 +2470,13 @@ def test_a_command_that_outlives_a_killed_wrap_keeps_its_name_only(folder: Path,
 
 @needs_postgres
 def test_an_ephemeral_pool_is_nobody_elses_business(folder: Path, path: str) -> None:
-    """It joins nobody, is on a socket of its own, and takes no locks on its names."""
+    """It joins nobody, is on a private socket, and its locks are its own."""
     inner = [*PGMANAGER, "wrap", "--ephemeral", "--prefix", "db", "--count", "1", "sh", "-c"]
     words = ("wrap", "--prefix", "db", "--count", "1", *inner, f"{STAYING}; {ASKING}")
     env = {**os.environ, "PGPORT": "5432"}
     with started(*words, cwd=folder, stdin=subprocess.PIPE, env=env) as process:
         own = next_line(process)
-        assert os.path.basename(os.path.dirname(own)).startswith("pgmanager-postgres-")
+        assert own.startswith(f"/tmp/pgmanager-{os.geteuid()}/wrap-")
         with connect(str(folder / "tmp" / "pgmanager.sock")) as holder:
             assert name_of(holder) == "db0"
             output, said = process.communicate("\n", timeout=DEADLINE)
@@ -2437,20 +2577,25 @@ def test_wrap_makes_the_sockets_folder_and_tells_command_its_absolute_path(folde
         (["no-such-program"], 127),
         (["echo hi there"], 127),
         ([str(Path(__file__))], 126),
+        (["./script"], 126),
         (["/"], 126),
         ([], 2),
     ],
 )
 @pytest.mark.parametrize("name", ["wrap", "wrap-each", "exec"])
 def test_the_exit_status_is_commands_own_or_the_shells(
-    in_process: pgmanager.Server, name: str, command: list[str], status: int
+    in_process: pgmanager.Server, folder: Path, name: str, command: list[str], status: int
 ) -> None:
-    done = run(*running_once(name, in_process.path), *command)
+    (folder / "script").write_text("echo a shell would run this\n")
+    (folder / "script").chmod(0o755)
+    done = run(*running_once(name, in_process.path), *command, cwd=folder)
     assert done.returncode == (128 - status if name == "wrap-each" and status < 0 else status)
+    assert NOT_TAKEN not in done.stderr  # that is for a command that succeeds
     if status in (2, 126, 127):
         assert is_one_line(done.stderr), done.stderr
         assert (command[0] if command else "nothing to run") in done.stderr
         assert ("put sh -c before it" in done.stderr) == (command == ["echo hi there"])
+        assert ("with a line #!" in done.stderr) == (command == ["./script"])
     assert not os.path.exists(f"{in_process.path}-wrap")
 
 
@@ -2464,7 +2609,7 @@ def test_wrap_that_dies_of_commands_signal_leaves_no_core(path: str, folder: Pat
 
 
 @linux
-@pytest.mark.parametrize("caller", ["", "trap '' HUP INT QUIT TERM USR1 PIPE; ulimit -n 200;"])
+@pytest.mark.parametrize("caller", ["", "trap '' HUP INT QUIT TERM USR1; ulimit -n 200;"])
 @pytest.mark.parametrize("name", ["wrap", "wrap-each", "exec"])
 def test_command_cannot_tell_that_pgmanager_runs_it(
     folder: Path, in_process: pgmanager.Server, name: str, caller: str
@@ -2478,8 +2623,8 @@ def test_command_cannot_tell_that_pgmanager_runs_it(
                 os.dup2(file.fileno(), extra)
             words = ["sh", "-c", f'{caller} "$@"; exit', "sh", *prefix, "sh", "-c", SEEN]
             files: dict[str, Any] = {"stdin": file, "stdout": output, "stderr": output}
-            env = {k: v for k, v in os.environ.items() if k != "LC_CTYPE"}
-            subprocess.run(words, **files, pass_fds=[91, 93], timeout=60, env={**env, "LC_ALL": ""})
+            env = {**os.environ, "LC_ALL": "C.UTF-8"}  # or Python sets LC_CTYPE: PEP 538
+            subprocess.run(words, **files, pass_fds=[91, 93], timeout=60, env=env)
             for extra in (91, 93):
                 os.close(extra)
         lines = (folder / "seen").read_text().splitlines()
@@ -2492,7 +2637,7 @@ def test_command_cannot_tell_that_pgmanager_runs_it(
     assert seen(*PGMANAGER, *running_once(name, in_process.path)) == directly
     assert f"93 {folder}/file" in directly
     (ignored,) = (int(one.split()[1], 16) for one in directly if one.startswith("SigIgn"))
-    assert [ignored >> n - 1 & 1 for n in (signal.SIGHUP, signal.SIGPIPE)] == [caller != ""] * 2
+    assert [ignored >> n - 1 & 1 for n in (signal.SIGHUP, signal.SIGPIPE)] == [caller != "", 0]
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGQUIT"])
@@ -2569,8 +2714,7 @@ def test_ctrl_c_while_command_starts_is_not_lost(path: str) -> None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         wait_until(children.read_text, "the child")
         type_in(b"\x03")
-        output, said = process.communicate(timeout=DEADLINE)
-        assert (output, said[: len(NOT_TAKEN)]) == ("", NOT_TAKEN)
+        assert process.communicate(timeout=DEADLINE) == ("", "")
         assert process.returncode == -signal.SIGINT
 
 
@@ -2783,7 +2927,7 @@ def test_any_word_reaches_command_untouched_and_it_may_be_named_like_an_option(
     once = ("wrap-each", "--prefix", "db", "--count", "1", "--")
     assert run(*once, *quick_python(report, *words)).stdout == ascii(words)
     program = folder / "--"
-    program.write_text('echo "$@"\n')  # with no first line that says by what: the shell runs it
+    program.write_text('#!/bin/sh\necho "$@"\n')
     program.chmod(0o755)
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     assert run(*once, "--", "-x", "--", "y", env=env).stdout == "-x -- y\n"
@@ -2804,18 +2948,18 @@ def test_every_subcommand_explains_itself_and_pgmanager_alone_prints_its_help(wo
     ("words", "status", "named"),
     [
         ("nonsense", 2, "nonsense"),
-        ("serve extra", 2, "'extra'; see 'pgmanager serve --help'"),
+        ("serve extra", 2, "extra; see 'pgmanager serve --help'"),
         ("--nonsense serve", 2, "--nonsense; see 'pgmanager serve --help'"),
         ("wrap --prefix db --nonsense -- true", 2, "--nonsense; see 'pgmanager wrap --help'"),
-        ("exec --prefix db true", 2, "serve, wrap, wrap-each; see 'pgmanager exec --help'"),
-        ("serve --prefix db --json", 2, "status"),
-        ("status -i", 2, "wrap-each"),
-        ("--prefix a_ wrap true", 2, "--prefix"),
+        ("exec --prefix db true", 2, "--prefix; see 'pgmanager exec --help'"),
+        ("status -i", 2, "-i; see 'pgmanager status --help'"),
+        ("--prefix a_ wrap true", 2, "'a_'"),
         ("wrap --pref db -- true", 2, "--pref"),
         ("wrap --prefix", 2, "--prefix"),
         ("wrap --prefix db", 2, "nothing to run"),
         ("wrap -- true", 2, "no prefix"),
-        ("wrap --prefix db --init true -- true", 2, "--ephemeral"),
+        ("wrap --prefix db --depends x -- true", 2, "--depends without --init"),
+        ("serve --prefix db --rebuild", 2, "--rebuild without --init"),
         ("wrap --prefix db --server-options x -- true", 2, "--ephemeral"),
         ("wrap --ephemeral --prefix= --init ./none -- true", 2, "no prefix"),
         ("wrap --ephemeral --server-options=-c' -- true", 2, "server options"),
@@ -2824,8 +2968,7 @@ def test_every_subcommand_explains_itself_and_pgmanager_alone_prints_its_help(wo
         ("wrap-each --prefix db --jobs 1.5 true", 2, "jobs: '1.5'"),
         ("exec --timeout soon -- true", 2, "soon"),
         ("exec -- true", 125, "FOLDER/tmp/pgmanager.sock"),
-        ("serve --prefix db -s /dev/null", 125, "/dev/null is not a socket"),
-        ("wrap --prefix db -s /dev/null true", 125, "/dev/null is not a socket"),
+        ("serve --prefix db -s .", 125, "FOLDER is not a socket"),
     ],
 )
 def test_an_error_is_one_line_that_says_what_to_do(
@@ -2836,6 +2979,8 @@ def test_an_error_is_one_line_that_says_what_to_do(
     assert is_one_line(done.stderr), done.stderr
     assert named.replace("FOLDER", str(folder)) in done.stderr
     assert os.listdir(folder) == []
+    assert not glob.glob(lock_file("*"))
+    assert not glob.glob(f"/tmp/pgmanager-{os.geteuid()}/sockets/*{folder.name}*")
 
 
 def pythons(*minors: int) -> list[str]:
