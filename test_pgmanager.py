@@ -22,6 +22,7 @@ import json
 import os
 import pickle
 import pty
+import pwd
 import random
 import re
 import resource
@@ -3352,14 +3353,16 @@ def workplace(folder: Path, path: str) -> Iterator[Callable[..., list[str]]]:
     def words(*more: str, prefix: str = "db") -> list[str]:
         return ["wrap", "--ephemeral", "-s", path, "--prefix", prefix, "--count", "2", *more]
 
-    before = set(glob.glob("/dev/shm/*"))
+    before = set(glob.glob("/dev/shm/PostgreSQL.*"))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TMPDIR", str(folder))
         environment.chdir(folder)
         yield words
     wait_until(lambda: not processes_in(folder), f"the end of {processes_in(folder)}")
     wait_until(lambda: not postgres_folders(folder), "the removal of PostgreSQL's folder")
-    wait_until(lambda: not set(glob.glob("/dev/shm/*")) - before, "the end of shared memory")
+    wait_until(
+        lambda: not set(glob.glob("/dev/shm/PostgreSQL.*")) - before, "the end of shared memory"
+    )
     assert not os.path.exists(path)
 
 
@@ -3409,20 +3412,27 @@ SHOWING_URL = ["sh", "-c", 'echo "$DATABASE_URL"; read x; exit 7']
 def test_an_ephemeral_postgres_has_the_pools_databases_ready_to_use(
     workplace: Callable[..., list[str]],
 ) -> None:
-    """Whatever their names, with the template's table, and wherever the caller's own server is."""
+    """Whatever their names, with what init makes, and wherever the caller's own server is."""
     init = 'psql -qXc "CREATE TABLE seed AS SELECT 42 AS answer"'
-    script = """
-        echo "$DATABASE_URL"; echo "$PGHOST"; echo "${PATH##*:}"
-        for n in 0 1; do psql -XAtd "$PREFIX$n" -c 'SELECT current_database(), answer FROM seed'
-        done; psql -XAtd postgres -c 'SHOW data_directory'; read x; exit 7
+    query = "SELECT current_database(), answer FROM seed"
+    lease = shlex.join([*PGMANAGER, "exec", "psql", "-XAtc", query])
+    script = f"""
+        echo "$DATABASE_URL"; echo "$PGHOST"; echo "${{PATH##*:}}"
+        {lease}; {lease}
+        echo 'CREATE DATABASE own; CREATE DATABASE copy TEMPLATE :"template"' |
+            psql -qXd postgres -v template="$PGM_TEMPLATE_DATABASE"
+        psql -XAtd copy -c 'SELECT answer FROM seed'
+        psql -XAtd own -c "SELECT to_regclass('seed') IS NULL"
+        psql -XAtd postgres -c 'SHOW data_directory'; read x; exit 7
     """
     words = workplace("--init", init, "--", "sh", "-c", script, prefix=ODD)
-    env = {**os.environ, **ELSEWHERE, "PREFIX": ODD, "DATABASE_URL": "postgis+x://u@h/db"}
+    env = {**os.environ, **ELSEWHERE, "DATABASE_URL": "postgis+x://u@h/db"}
     with started(*words, stdin=subprocess.PIPE, env=env) as process:
         url, host, programs = (next_line(process) for _ in range(3))
         assert url.startswith("postgis+x:///postgres?host=%2Ftmp%2F")
         assert all(os.path.exists(f"{programs}/{name}") for name in ("postgres", "psql"))
-        assert [next_line(process) for _ in range(2)] == [f"{ODD}{n}|42" for n in range(2)]
+        assert {next_line(process) for _ in range(2)} == {f"{ODD}{n}|42" for n in range(2)}
+        assert [next_line(process) for _ in range(2)] == ["42", "t"]
         data = next_line(process)
         assert Path(data).parent == Path(host)
         assert os.stat(data).st_uid != 0
@@ -3432,7 +3442,8 @@ def test_an_ephemeral_postgres_has_the_pools_databases_ready_to_use(
             assert connection.execute("SELECT answer FROM seed").fetchone() == (42,)
         output, errors = process.communicate("\n", timeout=DEADLINE)
         assert (output, process.returncode) == ("", 7)
-        assert errors.startswith(NOT_TAKEN)
+        assert is_one_line(errors)
+        assert f"pgmanager: template {ODD}template_once_" in errors
 
 
 @needs_postgres
@@ -3482,8 +3493,8 @@ def test_a_failing_init_is_shown_and_nothing_is_left(
     if init == "x.sql":
         assert "division by zero" in shown[0]
     else:
-        assert (shown[0].split()[0], shown[1]) == ("template1", "oops")
-        assert "/template1?" in shown[0]
+        assert re.match(r"(dbtemplate_once_\w+) postgresql:///\1\?", shown[0])
+        assert shown[1] == "oops"
 
 
 def test_without_postgres_programs_ephemeral_is_an_error(
@@ -3575,7 +3586,7 @@ def test_the_end_during_the_start_of_postgres_leaves_nothing(
 
 @needs_postgres
 @linux
-def test_the_next_start_removes_what_a_killed_watchdog_left(
+def test_the_next_start_removes_the_folder_that_a_killed_watchdog_left(
     workplace: Callable[..., list[str]], folder: Path
 ) -> None:
     with started(*workplace("--", *SHOWING_URL), stdin=subprocess.PIPE) as process:
@@ -3588,10 +3599,12 @@ def test_the_next_start_removes_what_a_killed_watchdog_left(
             process.kill()
             process.wait()
             psycopg.connect(url).close()  # it is living
+            postgres = int(Path(left, "data", "postmaster.pid").read_text().split()[0])
             count = 'ls -d "$TMPDIR"/pgmanager-postgres-*; test ! -d "$0"'
             done = run(*workplace("--", "sh", "-c", count, left))
             assert done.returncode == 0
             assert len(done.stdout.splitlines()) == 1
+            os.kill(postgres, signal.SIGQUIT)  # as it does itself, within a minute
 
 
 @needs_postgres
@@ -3607,81 +3620,80 @@ def test_ctrl_c_does_not_take_postgres_from_a_command_that_handles_it(
         assert process.returncode == 7
 
 
-# What initdb makes is kept for each way to call it, so a copy of the module that says one of its
-# options more often has a place of its own.
+IDENTIFIER = ["psql", "-XAtd", "db0", "-c", "SELECT system_identifier FROM pg_control_system()"]
 
 
 @pytest.fixture
-def own_cluster(folder: Path) -> Iterator[tuple[list[str], list[str]]]:
-    """Provide how to run such a copy, and a list for the identifiers of its clusters."""
+def own(folder: Path) -> list[str]:
+    """Provide the words for a copy of the module that keeps its clusters in the test's folder.
+
+    At most three are kept for a user, so tests would remove each other's.
+    """
+    folder.chmod(0o1777)
     text = MODULE.read_text()
-    often = " -N" * random.randrange(1, 500)
-    assert text.count('INITDB = "-D data') == 1
-    copied = text.replace('INITDB = "-D data', f'INITDB = "-D data{often}')
-    (folder / "own.py").write_text(copied)
-    identifiers: list[str] = []
-    yield [sys.executable, str(folder / "own.py")], identifiers
-    for cluster in kept_clusters(identifiers):
-        os.remove(cluster)
+    assert text.count("/tmp/pgmanager-") == 1
+    (folder / "own.py").write_text(text.replace("/tmp/pgmanager-", f"{folder}/kept-"))
+    for name in "ab":
+        (folder / f"{name}.sql").write_text(f"CREATE TABLE {name} ();")
+    return [sys.executable, str(folder / "own.py")]
 
 
-def kept_clusters(identifiers: list[str]) -> list[str]:
-    """Return the kept clusters with these identifiers, which pg_control begins with."""
-    found = []
-    for cluster in glob.glob("/tmp/pgmanager-*/cluster-*.tar"):
-        with contextlib.suppress(OSError, KeyError, tarfile.TarError), tarfile.open(cluster) as tar:
-            control: Any = tar.extractfile("data/global/pg_control")
-            if str(int.from_bytes(control.read(8), sys.byteorder)) in identifiers:
-                found.append(cluster)
-    return found
-
-
-IDENTIFIER = ["psql", "-XAtd", "db0", "-c", "SELECT system_identifier FROM pg_control_system()"]
+def kept(folder: Path) -> list[str]:
+    """Return the files of kept clusters; the one that is empty comes last."""
+    return sorted(glob.glob(f"{folder}/kept-*/cluster-*"))
 
 
 @needs_postgres
 def test_of_two_first_starts_at_once_both_run_and_one_is_kept_whole_for_the_next(
-    own_cluster: tuple[list[str], list[str]],
+    own: list[str], folder: Path
 ) -> None:
-    program, identifiers = own_cluster
     words = ("wrap", "--ephemeral", "--prefix", "db", "--count", "1", *IDENTIFIER)
-    with started(*words, program=program) as one, started(*words, program=program) as other:
+    with started(*words, program=own) as one, started(*words, program=own) as other:
+        identifiers = []
         for process in (one, other):
             output, said = process.communicate(timeout=DEADLINE)
             assert process.returncode == 0, said
-            identifiers.append(output.strip())
-    with started(*words, program=program) as third:
-        assert third.communicate(timeout=DEADLINE)[0].strip() in identifiers
-    (cluster,) = kept_clusters(identifiers)
+            identifiers.append(output)
+    assert subprocess.check_output([*own, *words], text=True) in identifiers
+    (cluster,) = kept(folder)
     assert os.stat(os.path.dirname(cluster)).st_mode & 0o777 == 0o700
-    assert not glob.glob(f"{cluster}.*")
 
 
 @needs_postgres
+@pytest.mark.parametrize("words", [(), ("--init", "a.sql")])
 def test_what_is_kept_is_made_anew_where_it_is_cut_short_or_does_not_start(
-    workplace: Callable[..., list[str]], folder: Path, own_cluster: tuple[list[str], list[str]]
+    workplace: Callable[..., list[str]], folder: Path, own: list[str], words: tuple[str, ...]
 ) -> None:
     """And a copy for it that was never finished is removed."""
-    program, identifiers = own_cluster
-    words = [*program, *workplace("--", *IDENTIFIER)]
-    identifiers.append(subprocess.check_output(words, text=True).strip())
-    (cluster,) = kept_clusters(identifiers)
+    identifiers = set()
+
+    def is_made() -> bool:
+        command = [*own, *workplace(*words, "--", *(["true"] if words else IDENTIFIER))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+        assert done.returncode == 0, done.stderr
+        is_new = done.stdout not in identifiers
+        identifiers.add(done.stdout)
+        return "was made" in done.stderr if words else is_new
+
+    assert is_made()
+    assert not is_made()
+    cluster, *_ = kept(folder)
     os.truncate(cluster, 2**20)
     unfinished = Path(f"{cluster}.{2**22 + 1}")  # no process has that number: proc(5), pid_max
+    growing = Path(f"{cluster}.{os.getpid()}")
     unfinished.touch()
-    identifiers.append(subprocess.check_output(words, text=True).strip())
-    assert not unfinished.exists()
+    growing.touch()
+    assert is_made()
+    assert (unfinished.exists(), growing.exists()) == (False, True)
     (folder / "data").mkdir()
     with tarfile.open(cluster, "w") as tar:
         tar.add(folder / "data", "data")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE)
-    assert (done.returncode, done.stdout) == (125, "")
-    assert "PostgreSQL did not start" in done.stderr
-    identifiers.append(subprocess.check_output(words, text=True).strip())
-    assert len(set(identifiers)) == 3
-    assert kept_clusters(identifiers) == [cluster]
+    with pytest.raises(AssertionError, match="PostgreSQL did not start"):
+        is_made()
+    assert is_made()
+    assert not is_made()
     # Who copies it can tell nobody, where wrap is killed, and has to go on all the same.
-    with started(*words[2:], program=program) as process:
+    with started(*workplace(*words, "--", "true"), program=own) as process:
         copied = f"{folder}/pgmanager-postgres-*/data/PG_VERSION"
         wait_until(lambda: glob.glob(copied), "the copy")
         process.kill()
@@ -3690,24 +3702,90 @@ def test_what_is_kept_is_made_anew_where_it_is_cut_short_or_does_not_start(
 
 
 @needs_postgres
-@linux
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have a /tmp of its own")
-def test_where_another_has_taken_the_place_initdb_runs_every_time(
-    workplace: Callable[..., list[str]], path: str
+def test_the_three_clusters_that_were_used_last_are_kept_unless_they_are_large(
+    workplace: Callable[..., list[str]], folder: Path, own: list[str]
 ) -> None:
-    if any(str(place).startswith("/tmp/") for place in (MODULE, sys.executable)):
-        pytest.skip("a /tmp of its own would hide what is to be run")
-    private = """
-        mount -t tmpfs none /tmp && chmod 1777 /tmp && unset TMPDIR || exit 99
-        for id in $(id -u postgres) $(id -u nobody); do mkdir /tmp/pgmanager-$id; done
-        "$@" && "$@"
-    """
-    words = ["unshare", "-m", "sh", "-c", private, "sh", *PGMANAGER, "wrap", "--ephemeral"]
-    words += ["--prefix", "db", *IDENTIFIER]
-    done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=DEADLINE * 2)
-    if "Operation not permitted" in done.stderr or done.returncode == 99:
-        pytest.skip("no mounts here")
-    first, second = done.stdout.split()
+    """One of them is empty, and each of the others is for one init and its server options."""
+    options = ("--server-options", "-c work_mem=1MB")
+    for init, more, what in (
+        ("a", (), "made"),
+        ("b", (), "made"),
+        ("a", (), "found"),
+        ("a", options, "made"),
+        ("b", (), "made"),
+    ):
+        words = workplace("--init", f"{init}.sql", *more, "--", "true")
+        done = subprocess.run([*own, *words], capture_output=True, text=True, timeout=DEADLINE)
+        assert f" was {what}" in done.stderr, (init, more)
+        assert len(kept(folder)) <= 3
+    for cluster in kept(folder):
+        os.remove(cluster)
+    text = Path(own[1]).read_text()
+    Path(own[1]).write_text(text.replace("MAX_KEPT_KILOBYTES = 500_", "MAX_KEPT_KILOBYTES = 1_"))
+    subprocess.run([*own, *words], capture_output=True, check=True, timeout=DEADLINE)
+    assert kept(folder) == []
+
+
+@needs_postgres
+@pytest.mark.parametrize("way", ["Ctrl-C", "SIGKILL"])
+def test_the_end_while_a_cluster_is_packed_leaves_a_whole_one(
+    workplace: Callable[..., list[str]], folder: Path, own: list[str], way: str
+) -> None:
+    words = workplace("--init", "a.sql", "--", "true")
+    tar = folder / "bin" / "tar"
+    tar.parent.mkdir()
+    os.mkfifo(folder / "gate")
+    (folder / "gate").chmod(0o666)
+    blocks = (
+        f'cd "{folder}"; case $2 in *cluster-*-*) : >packing; read x <gate;; esac; cd "$OLDPWD"'
+    )
+    tar.write_text(f'#!/bin/sh\n{blocks}\nexec {shutil.which("tar")} "$@"\n')
+    tar.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tar.parent}:{os.environ['PATH']}"}
+    with in_terminal(*own, *words, env=env) as (process, type_in):
+        wait_until((folder / "packing").exists, "the packing")
+        process.kill() if way == "SIGKILL" else type_in(b"\x03")
+        open_gate(folder / "gate")
+        process.communicate(timeout=DEADLINE)
+        assert process.returncode == -(signal.SIGKILL if way == "SIGKILL" else signal.SIGINT)
+    wait_until(lambda: not processes_in(folder), "the end of all")
+    assert not postgres_folders(folder)
+    done = subprocess.run([*own, *words], capture_output=True, text=True, timeout=DEADLINE)
+    assert " was found" in done.stderr
+    assert len(kept(folder)) == 2
+
+
+@needs_postgres
+@linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_said_and_takes_nothing_from_what_is_kept(
+    workplace: Callable[..., list[str]], folder: Path, own: list[str]
+) -> None:
+    words = [*own, *workplace("--init", "a.sql", "--", "echo", "ran")]
+    subprocess.run(words, check=True, capture_output=True, timeout=DEADLINE)
+    before = {file: os.stat(file).st_size for file in kept(folder)}
+    (folder / "disk").mkdir()
+    mount = 'mount -t tmpfs -o size=$0,mode=1777 none disk && TMPDIR=$PWD/disk exec "$@"'
+    for size in (2**20, 2**24, max(before.values()) - 2**22):
+        small = ["unshare", "-m", "sh", "-c", mount, str(size), *words]
+        done = subprocess.run(small, capture_output=True, text=True, timeout=DEADLINE)
+        if "mount" in done.stderr or "unshare" in done.stderr:
+            pytest.skip("no mounts here")
+        assert (done.stdout, done.returncode) == ("", 125)
+        assert "No space left on device" in done.stderr
+        assert {file: os.stat(file).st_size for file in kept(folder)} == before
+
+
+@needs_postgres
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has PostgreSQL run by another user")
+def test_where_another_has_taken_the_place_initdb_runs_every_time(
+    workplace: Callable[..., list[str]], folder: Path, own: list[str]
+) -> None:
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            (folder / f"kept-{pwd.getpwnam(name).pw_uid}").mkdir()
+    words = [*own, *workplace("--", *IDENTIFIER)]
+    first, second = (subprocess.check_output(words, timeout=DEADLINE) for _ in range(2))
     assert first != second
 
 
