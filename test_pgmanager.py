@@ -1945,6 +1945,7 @@ def test_databases_that_were_never_prepared_are_prepared_only_when_they_are_need
                 wait_until(lambda: states(path).count("free") >= processors, "the spares")
                 assert len(os.listdir(folder)) == most + 1  # and the socket
                 assert states(path).count("preparing") >= 64 - most
+            wait_until(lambda: "leased" not in states(path), "the releases")
 
 
 def test_a_database_that_cannot_be_prepared_is_broken_and_says_why(path: str) -> None:
