@@ -894,11 +894,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         folder = os.path.dirname(self.path)
         try:
             check_path_is_free(self.path)
+            # Lock first: a server that ends removes the folder that it made before it unlocks.
+            self._path_lock = take_lock(get_socket_lock_file(self.path))
             while not os.path.lexists(folder):
                 self._made_folders.append(folder)
                 folder = os.path.dirname(folder)
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self._path_lock = take_lock(get_socket_lock_file(self.path))
             self._has_path = True
             remove_dead_socket(self.path)
             # On Linux the socket then has this mode from the first moment; macOS ignores it.
