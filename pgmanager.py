@@ -2749,14 +2749,15 @@ def look_at_socket(path: str) -> dict[str, Any] | None:
     Raises SocketError if there is anything else.
     """
     check_path_is_free(path)
-    try:
-        status = observe(path)
-    except ServerError:
-        return None
-    if status is None:
-        problem = f"socket is in use: {path}: what serves there gives no status"
-        raise SocketError(problem, "end it, or choose another socket")
-    return status
+    for _ in range(3):  # a server that is just ending gives no status; then look again
+        try:
+            status = observe(path, seconds=2)
+        except ServerError:
+            return None
+        if status is not None:
+            return status
+    problem = f"socket is in use: {path}: what serves there gives no status"
+    raise SocketError(problem, "end it, or choose another socket")
 
 
 def is_around_us(path: str) -> bool:
