@@ -1134,7 +1134,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
 def check_path_is_free(path: str) -> None:
     """Raise SocketError if there is anything but a socket at a path."""
-    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # nothing is there; the bind says if nothing can be
+        return
+    if not stat.S_ISSOCK(mode):
         raise SocketError(f"cannot serve: {path} is not a socket", "remove it, or choose another")
 
 
