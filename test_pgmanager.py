@@ -3792,119 +3792,135 @@ def test_where_another_has_taken_the_place_initdb_runs_every_time(
 
 # ----------------------------------------------------------------------------------- Recipes
 #
-# Every block of README in sh runs here, with the files that its section mentions, but with fewer
+# Every block of README in sh runs here, in a folder that has all of README's files, but with fewer
 # tests and workers: to start them takes the time. Exceptions, with their reason:
 
 NOT_RUN = {
-    "pip install ../pgmanager": "installs",
-    "pgmanager serve -s /tmp/pgmanager.sock": "serves for ever, at a path that may be somebody's",
+    "python3 -m venv .venv": "installs",
+    "pip install django": "installs",
+    "npm install": "installs; after it, jest, mocha and vitest were run by hand",
     "here=$(mktemp -d)\nssh ": "needs another machine",
 }
 README = Path(__file__).with_name("README.md").read_text()
-README = re.sub(r"(pytest.* -n) \d+", r"\1 2", re.sub(r"range\(\d+\)", "range(6)", README))
 # A block, with the file's name if its first line is a comment that names one.
 BLOCK = re.compile(r"^```(\w+)\n(?:(?:#|//|--) (\S*\.\w+|Makefile)\n)?(.*?)^```$", re.M | re.S)
-SECTIONS = {
-    text.partition("\n")[0].lstrip("# "): text for text in re.split(r"^(?=##)", README, flags=re.M)
+BLOCKS = BLOCK.findall(README)
+FILES = {name: text for _, name, text in BLOCKS if name}
+COMMANDS = [text for kind, name, text in BLOCKS if (kind, name) == ("sh", "")]
+MISSING = (
+    r"No module named '(?!pgmanager)\w+'|cannot run: '(node|cargo|go)'|rustup could not choose"
+)
+PACKAGE = {  # what a user of Django, of cargo and of go has
+    "shop/migrations/__init__.py": "",
+    "Cargo.toml": '[package]\nname = "app"\nversion = "0.1.0"\nedition = "2021"\n',
+    "src/lib.rs": '#[test] fn has_one() { std::env::var("PGDATABASE").unwrap(); }',
+    "go.mod": "module app\n",
+    "app_test.go": """package app
+import ("os"; "testing")
+func TestHasOne(t *testing.T) { if os.Getenv("PGDATABASE") == "" { t.Fatal("none") } }
+""",
 }
-FILES = {name: text for _, name, text in BLOCK.findall(README) if name}
-
-
-def commands(section: str) -> list[str]:
-    """Return what a section has for the shell."""
-    codes = [code for kind, name, code in BLOCK.findall(section) if (kind, name) == ("sh", "")]
-    codes += ["python in_python.py"] * ("# in_python.py" in section)
-    return [code for code in codes if not code.startswith(tuple(NOT_RUN))]
-
-
-# Whoever runs this has a database alone, and N of them have N at one time: each waits for the
-# others before it lets go, and PostgreSQL's advisory locks are apart for each database.
+# Whoever runs this has a database alone, and four of them have four at one time: each waits for the
+# others before it ends, and PostgreSQL's advisory locks are apart for each database.
 WITNESS = """
-import os, pathlib, psycopg, sys, time
+import os, pathlib, psycopg, time
 
-place, name, together = pathlib.Path("seen"), os.environ["PGDATABASE"], int(sys.argv[1])
+place, name = pathlib.Path("seen"), os.environ["PGDATABASE"]
 with psycopg.connect(dbname=name, autocommit=True) as connection:
     locked = "select pg_try_advisory_lock(1), current_database()"
     assert connection.execute(locked).fetchone() == (True, name)
     (place / f"{os.getppid()} {name}").touch(exist_ok=False)
     deadline = time.monotonic() + 30
-    while len(list(place.iterdir())) % together:
+    while len(list(place.iterdir())) % 4:
         assert time.monotonic() < deadline, "the others never came"
         time.sleep(0.01)
 """
-MISSING = r"No module named '(?!pgmanager)\w+'|cannot run: '(node|cargo)'|rustup could not choose"
 
 
 @pytest.fixture
-def recipes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Provide a folder where ``pgmanager``, ``python`` and ``pytest`` are those under test."""
-    for name in ("bin", "seen", "src"):
-        (folder / name).mkdir()
-    (folder / "witness.py").write_text(WITNESS)
-    (folder / "src" / "lib.rs").touch()
-    package = '[package]\nname = "app"\nversion = "0.1.0"\nedition = "2021"\n'
-    (folder / "Cargo.toml").write_text(package)
+def recipes(folder: Path, monkeypatch: Patch) -> Iterator[Path]:
+    """Provide README's files, a running server, and the programs under test by their names."""
     python = shlex.quote(sys.executable)
     scripts = {
         "python": python,
-        "pytest": f"{python} -m pytest -p no:cacheprovider -p xdist"
-        " ${DJANGO_SETTINGS_MODULE:+-p pytest_django.plugin}",
+        "pytest": python + " -m pytest ${DJANGO_SETTINGS_MODULE:+-p pytest_django.plugin}",
         "pgmanager": f"{python} {shlex.quote(str(MODULE))}",
     }
-    for name, script in scripts.items():
-        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {script} "$@"\n')
-        (folder / "bin" / name).chmod(0o755)
+    files = {**PACKAGE, **FILES, "../pgmanager/pgmanager.py": MODULE.read_text()}
+    files.update(
+        {f"bin/{name}": f'#!/bin/sh\nexec {text} "$@"\n' for name, text in scripts.items()}
+    )
+    for name, text in files.items():
+        (folder / "app" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "app" / name).write_text(re.sub(r"range\(\d+\)", "range(6)", text))
+    for name in scripts:
+        (folder / "app/bin" / name).chmod(0o755)
     for name in [name for name in os.environ if name.startswith(("PYTEST_", "MAKE", "MFLAGS"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # takes half of a worker's start
-    monkeypatch.setenv("PATH", f"{folder}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider -p xdist")
     monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
-    monkeypatch.setenv("PGM_DATABASE_COUNT", "2")
-    return folder
-
-
-@pytest.fixture
-def postgres(monkeypatch: Patch) -> Iterator[None]:
-    """Provide a server that the environment leads to."""
-    wrap = ("wrap", "--ephemeral", "--count", "1", "sh", "-c", 'echo "$PGHOST"; read x')
+    wrap = ("wrap", "--ephemeral", "--count", "1", "sh", "-c", 'echo "$PGHOST $PATH"; read x')
     with started(*wrap, stdin=subprocess.PIPE) as process:
-        monkeypatch.setenv("PGHOST", next_line(process))
+        host, _, path = next_line(process).partition(" ")
+        monkeypatch.setenv("PATH", f"{folder}/app/bin{os.pathsep}{path}")
+        # Under this test's own port, so that its lock files are its own.
+        (folder / f".s.PGSQL.{os.environ['PGPORT']}").symlink_to(f"{host}/.s.PGSQL.5432")
+        monkeypatch.setenv("PGHOST", str(folder))
         monkeypatch.setenv("PGUSER", "postgres")
-        monkeypatch.setenv("PGPORT", "5432")
-        yield
+        yield folder / "app"
+
+
+def follow(recipes: Path, code: str) -> str:
+    """Run a block of README; return what it printed. Skip the test if it needs what is not here."""
+    code = re.sub(r"(pytest.* -n) \d+", r"\1 2", code.replace("=localhost PGPORT=6432", "=$PGHOST"))
+    words = ["sh", "-ec", f"exec 2>&1 </dev/null\n{code}"]
+    done = subprocess.run(words, cwd=recipes, capture_output=True, text=True, timeout=120)
+    if done.returncode and "CI" not in os.environ and (lack := re.search(MISSING, done.stdout)):
+        pytest.skip(lack[0])
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @needs_postgres
-@pytest.mark.parametrize("heading", [name for name, text in SECTIONS.items() if commands(text)])
-def test_every_command_of_readme_works(
-    heading: str, recipes: Path, request: pytest.FixtureRequest
-) -> None:
-    text = SECTIONS[heading]
-    if heading == "A server that is there":
-        request.getfixturevalue("postgres")
-    files = {name: code for name, code in FILES.items() if name in text}
-    if not any(name.startswith("test_") for name in files):
-        files["test_users.py"] = FILES["test_users.py"]
-    if "tests/*.sh" in text:
-        files.update({f"tests/{number}.sh": "exec python witness.py 4\n" for number in range(4)})
-    for name, code in files.items():
-        (recipes / name).parent.mkdir(parents=True, exist_ok=True)
-        (recipes / name).write_text(code)
-    for code in commands(text):
-        words = ["sh", "-ec", f"exec 2>&1 </dev/null\n{code}"]
-        done = subprocess.run(words, cwd=recipes, capture_output=True, text=True, timeout=120)
-        if done.returncode and "CI" not in os.environ and (lack := re.search(MISSING, done.stdout)):
-            pytest.skip(lack[0])
-        assert done.returncode == 0, done.stdout
-    if "tests/*.sh" in text:
+@pytest.mark.parametrize(
+    "code",
+    [*(code for code in COMMANDS if not code.startswith(tuple(NOT_RUN))), "python in_python.py"],
+    ids=lambda code: re.sub(r"\W+", " ", code)[:60].strip(),
+)
+def test_every_command_of_readme_works(code: str, recipes: Path) -> None:
+    if "jobs/*.sh" in code:
+        (recipes / "seen").mkdir()
+        (recipes / "witness.py").write_text(WITNESS)
+        for number in range(3):
+            (recipes / f"jobs/{number}.sh").write_text("exec python witness.py\n")
+        with (recipes / "jobs/names.sh").open("a") as script:
+            script.write("exec python witness.py\n")
+    follow(recipes, code)
+    if "jobs/*.sh" in code:
         seen = [name.split()[1] for name in os.listdir(recipes / "seen")]
         assert sorted(seen) == sorted(2 * [f"test_{n}" for n in range(4)])
 
 
+@needs_postgres
+def test_the_line_for_leftovers_drops_what_pgmanager_made_and_nothing_else(recipes: Path) -> None:
+    (line,) = [code for code in COMMANDS if "is_template" in code]
+    follow(recipes, "for name in app_test_9 app_test_template_mine other; do createdb $name; done")
+    for prefix in ("app_test_", "app_tests_"):
+        run_tests = (
+            f"pgmanager wrap --prefix {prefix} --init schema.sql -- pytest -p pgmanager -n 8"
+        )
+        follow(recipes, run_tests)
+    follow(recipes, line)
+    query = "select datname from pg_database where datname ~ '^app_test_|app_tests_t|other'"
+    names = follow(recipes, f'psql -XAt -d postgres -c "{query}"').split()
+    assert sorted(names)[:2] == ["app_test_9", "app_test_template_mine"]
+    assert re.fullmatch("app_tests_template_[0-9a-f]{8} other", " ".join(sorted(names)[2:]))
+
+
 def test_all_of_readme_that_is_not_run_is_known() -> None:
-    blocks = [code for language, _, code in BLOCK.findall(README) if language == "sh"]
     for start in NOT_RUN:
-        assert len([code for code in blocks if code.startswith(start)]) == 1, start
+        assert len([code for code in COMMANDS if code.startswith(start)]) == 1, start
     assert not re.search(r"^```(console|bash|shell|py)$", README, re.M)  # they would not be run
 
 
