@@ -446,8 +446,8 @@ LOGIN = "postgresql://u:secret@"
         ({"PGSERVICE": "mine"}, "PGSERVICE is set, "),
         ({"PGSERVICE": "mine", "DATABASE_URL": LOGIN + "h/"}, "PGSERVICE is set, "),
         ({"PGSERVICE": ""}, "PGSERVICE is set, "),  # which libpq refuses
-        ({"DATABASE_URL": LOGIN + "h/?service=mine"}, "DATABASE_URL names a service"),
-        ({"DATABASE_URL": LOGIN + "h/?ser%76ice="}, "DATABASE_URL names a service"),
+        ({"DATABASE_URL": LOGIN + "h/?service=mine"}, "DATABASE_URL has a service"),
+        ({"DATABASE_URL": LOGIN + "h/?ser%76ice="}, "DATABASE_URL has a service"),
         ({"PGCLUSTER": "15/main"}, "PGCLUSTER is set"),
         ({"PGCLUSTER": "15/main", "DATABASE_URL": LOGIN + "/"}, "PGCLUSTER is set"),
         ({"PGCLUSTER": "15/main", "PGHOSTADDR": "::1"}, "PGCLUSTER is set"),
