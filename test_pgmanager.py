@@ -2049,6 +2049,19 @@ def has_postgres() -> bool:
 needs_postgres = pytest.mark.skipif(
     not has_postgres() and "CI" not in os.environ, reason="no PostgreSQL programs here"
 )
+
+
+@pytest.fixture
+def postgres(monkeypatch: Patch) -> Iterator[None]:
+    """Provide a server that the environment leads to."""
+    wrap = ("wrap", "--ephemeral", "--count", "1", "sh", "-c", 'echo "$PGHOST"; read x')
+    with started(*wrap, stdin=subprocess.PIPE) as process:
+        monkeypatch.setenv("PGHOST", next_line(process))
+        monkeypatch.setenv("PGUSER", "postgres")
+        monkeypatch.setenv("PGPORT", "5432")
+        yield
+
+
 ODD = 'It\'s "q" \\n :x :"y" %s %% ; drop é-'
 
 
