@@ -2411,7 +2411,7 @@ class Postgres:
             for file in files[max(MAX_KEPT - len({*used} - {""}), 0) :]:
                 os.remove(file)
         for file in glob.glob(f"{place}/cluster-*.tar.*"):  # of a watchdog that was killed
-            with contextlib.suppress(ValueError, PermissionError):
+            with contextlib.suppress(ValueError, PermissionError, FileNotFoundError):
                 try:
                     os.kill(int(file.rpartition(".")[2]), 0)
                 except ProcessLookupError:
