@@ -2396,6 +2396,16 @@ def test_wraps_that_are_started_at_once_all_run(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
+def test_a_wrap_that_starts_while_another_ends_runs(folder: Path) -> None:
+    loop = 'for n in $(seq 25); do "$@"; test $? = 1 || exit 9; done'  # 1 is the status of false
+    words = ("-c", loop, "sh", *PGMANAGER, "wrap", "--prefix", "db", "--count", "1", "false")
+    with contextlib.ExitStack() as stack:
+        loops = [started(*words, program=["sh"], cwd=folder) for _ in range(4)]
+        for process in [stack.enter_context(each) for each in loops]:
+            assert process.communicate(timeout=DEADLINE * 2) == ("", "")
+            assert process.returncode == 0
+
+
 @pytest.mark.parametrize("way", ["-s", "PGM_SOCKET", "PGMANAGER_SOCKET", "default"])
 @pytest.mark.parametrize(
     ("kind", "error"),
