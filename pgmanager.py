@@ -2113,8 +2113,11 @@ class Templates:
                 if rebuild and found.get(name):
                     advice = "end the server that uses it first"
                     raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
-                # Wait only while another run makes it. Afterwards that run uses it.
-                close_lock(self._wait_for_shared_lock(name))
+                # Wait only while another run makes it. Afterwards that run uses it. A pause,
+                # because somebody may have dropped a template that is in use.
+                say_once(f"waiting for another run, which makes or uses the template {name}")
+                close_lock(self._wait_for_shared_lock(name, patience=MAX_TIMEOUT))
+                self._signals.sleep(0.1)
             else:
                 try:
                     _, found = self._list()  # another run may have made it before we had the lock
@@ -2134,10 +2137,10 @@ class Templates:
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, escape(name))
 
-    def _wait_for_shared_lock(self, name: str) -> int:
+    def _wait_for_shared_lock(self, name: str, patience: float = 0) -> int:
         """Wait until no other run makes or drops a template; return a shared lock of its name."""
         what = f"another run, which makes the template {name}"
-        return wait_for_lock(self._path(name), what, self._signals.sleep, shared=True)
+        return wait_for_lock(self._path(name), what, self._signals.sleep, patience, shared=True)
 
     def _make(self, name: str, init: Init, lock: int) -> str:
         """Make a template in full or not at all; return its name.
