@@ -2130,6 +2130,619 @@ def test_the_reason_is_the_first_error_of_postgresql_with_its_hint_or_a_cure(
     assert "GRANT CONNECT ON DATABASE postgres" in done.stderr
 
 
+# ----------------------------------------------------------------------------------- Templates
+#
+# One PostgreSQL is enough for these tests: each has a prefix of its own, with a space and a quote.
+
+
+class Cluster:
+    """A PostgreSQL server in a folder, and the databases of one test in it."""
+
+    def __init__(self, host: str) -> None:
+        self.host, self.prefix = host, f'p{random.randrange(2**32):08x} "'
+        self.env = {"PGHOST": host, "PGPORT": "5432", "PGUSER": "postgres"}
+
+    def sql(self, *queries: str, database: str = "postgres", user: str = "postgres") -> list[Any]:
+        """Run queries as a user; return the rows of the last one."""
+        place = {"host": self.host, "port": 5432, "user": user, "dbname": database}
+        with psycopg.connect(**place, autocommit=True) as connection:  # type: ignore[arg-type]
+            for query in queries:
+                cursor = connection.execute(query.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def create(self, name: str, *queries: str, user: str = "postgres") -> str:
+        """Create a database that pgmanager has not made; return its whole name."""
+        self.sql(f"CREATE DATABASE {quoted(self.prefix + name)}", user=user)
+        self.sql("SELECT 1", *queries, database=self.prefix + name, user=user)
+        return self.prefix + name
+
+    def names(self) -> set[str]:
+        """Return the names of the test's databases, without their prefix."""
+        size = len(self.prefix)
+        query = f"SELECT datname FROM pg_database WHERE starts_with(datname, '{self.prefix}')"
+        return {name[size:] for (name,) in self.sql(query)}
+
+    def templates(self) -> set[str]:
+        return {name for name in self.names() if name.startswith("template_")}
+
+    def content(self) -> dict[str, Any]:
+        """Return what is in each database that is no template: the test's own and everybody's."""
+        asked = "SELECT relname, CASE relname WHEN 'data' THEN query_to_xml('TABLE data', true, "
+        asked += "true, '')::text END FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+        query = "SELECT datname FROM pg_database WHERE datallowconn AND datconnlimit <> -2 AND "
+        query += f"(datname !~ '^p[0-9a-f]{{8}}' OR starts_with(datname, '{self.prefix}'))"
+        names = [name for (name,) in self.sql(query)]  # -2: DROP DATABASE was interrupted
+        return {name: sorted(self.sql(asked, database=name)) for name in names}
+
+    def drop(self, name: str) -> None:
+        whole = quoted(self.prefix + name)
+        if "template_" in name:
+            self.sql(f"ALTER DATABASE {whole} IS_TEMPLATE false")
+        self.sql(f"DROP DATABASE {whole} (FORCE)")
+
+    def clean(self) -> None:
+        for name in self.names():
+            self.drop(name)
+        for file in glob.glob(f"/tmp/pgmanager-{os.geteuid()}/5432/{self.prefix}*"):
+            os.remove(file)
+
+
+def quoted(name: str) -> str:
+    return pgmanager.quote_identifier(name)
+
+
+@contextlib.contextmanager
+def running_postgres(count: int) -> Iterator[list[str]]:
+    """Run PostgreSQL servers beside the tests; yield their folders."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PGM")}
+    words = ("wrap", "--ephemeral", "--count", "1", "sh", "-c", 'echo "$PGHOST"; read x')
+    with contextlib.ExitStack() as stack:
+        starting = [started(*words, stdin=subprocess.PIPE, env=env) for _ in range(count)]
+        processes = [stack.enter_context(each) for each in starting]
+        yield [next_line(process) for process in processes]
+        for process in processes:
+            process.communicate("\n", timeout=DEADLINE)
+
+
+@pytest.fixture(scope="module")
+def shared_host() -> Iterator[str]:
+    with running_postgres(1) as (host,):
+        yield host
+
+
+@pytest.fixture
+def cluster(shared_host: str, folder: Path, monkeypatch: Patch) -> Iterator[Cluster]:
+    """Lead the environment to a running server, and to the prefix of the test."""
+    cluster = Cluster(shared_host)
+    variables = {"PGM_DATABASE_PREFIX": cluster.prefix, "PGM_DATABASE_COUNT": "1"}
+    for name, value in {**cluster.env, **variables, "PGM_SOCKET": str(folder / "s")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", pgmanager.find_programs(), prepend=":")  # Debian's psql is slow
+    monkeypatch.chdir(folder)
+    yield cluster
+    cluster.clean()
+
+
+def template_of(said: str) -> tuple[str, str]:
+    """Return how a run says that it has come to its template, and which that is."""
+    ((name, verb),) = re.findall(
+        r"(?m)^pgmanager: template .*(template_\w+) was (made|found)", said
+    )
+    return verb, name
+
+
+def wrapped(*words: str, env: Any = None, command: Any = ("true",)) -> tuple[str, str]:
+    """Run a command under wrap, with success; return what template_of() says."""
+    done = run("wrap", *words, "--", *command, env={**os.environ, **(env or {})})
+    assert done.returncode == 0, done.stderr
+    return template_of(done.stderr)
+
+
+def leased(query: str) -> list[str]:
+    """Return a command that asks a leased database."""
+    return [*PGMANAGER, "exec", "--", "psql", "-XAt", "-vON_ERROR_STOP=1", "-c", query]
+
+
+@contextlib.contextmanager
+def in_use(*words: str) -> Iterator[Process]:
+    """Run wrap until the end of the block; its command runs already."""
+    command = ("-s", "used", *words, "--", "sh", "-c", "echo up; read x")
+    with started("wrap", *command, stdin=subprocess.PIPE) as process:
+        assert next_line(process) == "up"
+        yield process
+        next_line(process, "")
+
+
+CREATE = "psql -qXc 'CREATE TABLE made()'"
+TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
+
+# What is done in the shell before the second run, in a copy of the files, and with what effect.
+CHANGES = [
+    ("pwd", "found"),  # another checkout
+    ("touch -t 203001010000 schema.sql parts/*", "found"),
+    ("export PGM_DEPENDS='**/2.sql:*.txt:parts'", "found"),  # in another order
+    ("mkdir parts/__pycache__; touch parts/__pycache__/x parts/x.pyc parts/x~ parts/.x", "found"),
+    ("echo 'CREATE TABLE c();' >> schema.sql", "made"),
+    ("echo 'CREATE TABLE c();' >> parts/1.sql", "made"),
+    ("mv parts/more/3.sql parts/more/4.sql", "made"),
+    ("rm parts/more/3.sql", "made"),
+    ("touch more.txt", "made"),
+    ("export PGM_INIT='psql -qXf schema.sql'", "made"),
+]
+
+
+@needs_postgres
+def test_a_template_is_made_once_and_again_when_what_it_is_made_from_changes(
+    cluster: Cluster, folder: Path
+) -> None:
+    files = {"schema.sql": r"\ir parts/1.sql", "parts/1.sql": "CREATE TABLE b();", "notes.txt": ""}
+    files.update({"parts/more/2.sql": "", "parts/more/3.sql": ""})
+    for number, (change, expected) in enumerate([("", "made"), *CHANGES]):
+        for name, text in files.items():
+            (folder / f"{number}" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}" / name).write_text(f"{text}\n")
+        env = {**os.environ, "PGM_INIT": "schema.sql", "PGM_DEPENDS": "parts:*.txt:**/2.sql"}
+        script = f'cd {number} && {{ {change or ":"}; }} && exec "$@"'
+        command = [*PGMANAGER, "wrap", "--", *leased(TABLES)]
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", *command], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "b\n" in done.stdout, change
+        assert template_of(done.stderr)[0] == expected, change
+    assert len(cluster.templates()) == 3
+
+
+# What is refused before a server is asked: there is none.
+LEAVING = ["\\c x", " \\connect x", "CREATE DATABASE x;", "select 1;\n\tdrop  database x;"]
+LEAVING += ["Alter Database x SET a = b;", "COPY t FROM stdin;\n1\n\\.\n\\c x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        *((["--init", "x.sql", text], "x.sql would leave its database") for text in LEAVING),
+        (["--init", "no.sql"], "no such file: no.sql"),
+        (["--init", "true", "--depends", "no/**/*.sql"], "no file matches: 'no/**/*.sql'"),
+        (["--init", "true", "--depends", "hidden"], "no file matches: 'hidden'"),
+        (["--init", "true", "--prefix", "p" * 50], "63 allowed; choose a shorter prefix"),
+        (["--init", "true", "--template", "t"], "both init and template"),
+        (["--depends", "hidden"], "--depends without --init"),
+        (["--rebuild", "--template", "t"], "--rebuild without --init"),
+        (["--template", "t" * 64], "64 bytes, 63 allowed"),
+        (["--template", "é" * 32], "64 bytes, 63 allowed"),
+        (["--template", "tp_0"], "the template is a database of the pool: tp_0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "wrap"])
+def test_what_cannot_be_a_template_is_refused(
+    folder: Path, command: str, words: list[str], said: str
+) -> None:
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / ".x").touch()
+    if words[1] == "x.sql":
+        (folder / "x.sql").write_text(words[-1])
+        words = words[:-1]
+    names = [] if "--prefix" in words else ["--prefix", "tp_"]
+    env = {**os.environ, "PGHOST": "/nowhere"}
+    more = ["--", "echo", "ran"] if command == "wrap" else []
+    assert is_refused(run(command, *names, *words, *more, cwd=folder, env=env), said)
+
+
+@needs_postgres
+def test_what_may_read_other_files_is_made_at_each_start_and_dropped_at_its_end(
+    cluster: Cluster, folder: Path
+) -> None:
+    (folder / "a.sql").write_text("CREATE TABLE a();\n")
+    (folder / "x.sql").write_text("\\ir a.sql\n")
+    for init in ("x.sql", CREATE):
+        verb, name = wrapped("--init", init, command=leased(TABLES))
+        assert verb == "made"
+        assert re.fullmatch("template_once_[0-9a-f]{8}", name)
+        assert cluster.names() == {"0"}
+    with in_use("--init", "x.sql") as process:
+        (left,) = cluster.templates()
+        process.kill()
+    assert cluster.templates() == {left}
+    wrapped("--init", CREATE)
+    assert not cluster.templates()
+
+
+@needs_postgres
+def test_a_plain_dump_is_kept_whatever_its_data_and_one_that_creates_is_refused(
+    cluster: Cluster, folder: Path
+) -> None:
+    lines = [r"\connect postgres", "DROP DATABASE postgres;", r"\N", r"\ir x", r"\\."]
+    query = "INSERT INTO lines VALUES " + ", ".join(f"('{line}')" for line in lines)
+    real = cluster.create("real", "CREATE TABLE lines (line text)", query, f"{query}, (NULL)")
+    before = cluster.content()
+    for option, expected in (("--create", ""), ("--no-owner", "made"), ("--no-owner", "found")):
+        if expected != "found":  # each dump of the same has another random \restrict
+            subprocess.run(["pg_dump", option, "-fx.sql"], env={**os.environ, "PGDATABASE": real})
+        ask = leased("SELECT count(*), count(line) FROM public.lines")
+        done = run("wrap", "--init", "x.sql", "--", *ask)
+        if not expected:
+            assert is_refused(done, "x.sql would leave its database")
+            assert cluster.names() == {"real"}
+        else:
+            assert (template_of(done.stderr)[0], done.stdout) == (expected, "11|10\n")
+    after = cluster.content()
+    after.pop(f"{cluster.prefix}0", None)
+    assert before == after
+
+
+@needs_postgres
+def test_runs_that_start_at_once_make_a_template_once_and_say_that_they_wait(
+    cluster: Cluster, folder: Path
+) -> None:
+    """And none waits for the end of the one that has made it."""
+    os.mkfifo(folder / "gate")
+    (folder / "source").touch()
+    init = f"echo made >> count; read x < gate; {CREATE}"
+    words = ("wrap", "--init", init, "--depends", "source", "--", "sh", "-c", "echo up; read x")
+    env = {key: value for key, value in os.environ.items() if key != "PGM_SOCKET"}
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for _ in range(3):
+            each = started(*words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+            runs.append(stack.enter_context(each))
+        streams = [process.stderr for process in runs if process.stderr]
+        for _ in range(2):
+            ((stream, *_), _, _) = select.select(streams, [], [], DEADLINE)
+            line = "waiting for another run, which makes or uses the template "
+            assert stream.readline().startswith(f"pgmanager: {line}{cluster.prefix}template_")
+            streams.remove(stream)
+        (name,) = wait_until(cluster.templates, "the template")
+        (folder / "gate").write_text("\n")
+        assert [next_line(process) for process in runs] == ["up"] * 3
+        for process in runs:
+            next_line(process, "")
+        said = sorted(template_of(process.stderr.read()) for process in runs if process.stderr)
+    assert said == [("found", name), ("found", name), ("made", name)]
+    assert (folder / "count").read_text() == "made\n"
+
+
+@needs_postgres
+@pytest.mark.parametrize("end", ["fails", "SIGTERM", "SIGINT", "SIGKILL", "SIGKILL of all"])
+def test_a_template_that_is_not_finished_is_never_used(
+    end: str, cluster: Cluster, folder: Path
+) -> None:
+    os.mkfifo(folder / "gate")
+    (folder / "source").touch()
+    middle = "exit 3" if end == "fails" else "read x < gate"
+    init = f"psql -qXc 'CREATE TABLE half()'; touch up; test -e go || {middle}; {CREATE}"
+    words = ("wrap", "--init", init, "--depends", "source", "--")
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with started(*words, "touch", "ran", start_new_session=True, **nowhere) as process:
+        wait_until((folder / "up").exists, "the middle")
+        number = 0 if end == "fails" else getattr(signal, end.split()[0])
+        if end in ("SIGINT", "SIGKILL of all"):
+            os.killpg(process.pid, number)
+        elif number:
+            process.send_signal(number)
+        assert process.wait(DEADLINE) == (-number if number else 125)
+    assert not (folder / "ran").exists()
+    assert len(cluster.names()) == ("SIGKILL" in end)
+    (folder / "go").touch()
+    with started(*words, *leased(TABLES)) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        if end == "SIGKILL":  # what runs on keeps the template locked
+            assert "waiting for another run, which makes" in process.stderr.readline()
+            (folder / "gate").write_text("\n")
+        said = process.stderr.read()
+        assert (process.wait(DEADLINE), process.stdout.read()) == (0, "half\nmade\n"), said
+    assert template_of(said)[0] == "made"
+    assert wrapped(*words[1:-1])[0] == "found"
+
+
+@needs_postgres
+def test_a_template_whose_files_change_meanwhile_is_used_and_not_kept(
+    cluster: Cluster, folder: Path
+) -> None:
+    (folder / "source").touch()
+    words = ("--init", f"echo >> source; {CREATE}", "--depends", "source")
+    done = run("wrap", *words, "--", *leased(TABLES))
+    assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
+    assert "was changed meanwhile: the template is not kept\n" in done.stderr
+    assert template_of(done.stderr)[1].startswith("template_once_")
+    assert cluster.names() == {"0"}
+
+
+@needs_postgres
+def test_nobody_is_or_can_be_connected_to_a_finished_template(cluster: Cluster) -> None:
+    sessions = "select count(*) from pg_stat_activity where query like 'select pg_sleep%'"
+    init = f"""
+        psql -qXc 'select pg_sleep(1000)' > /dev/null 2>&1 &
+        until [ "$(psql -XAtc "{sessions} and datname = current_database()")" = 1 ]; do :; done
+        {CREATE}
+    """
+    with in_use("--init", init):
+        (name,) = cluster.templates()
+        assert cluster.sql(f"{sessions} and datname = '{cluster.prefix}{name}'") == [(0,)]
+        with pytest.raises(psycopg.OperationalError, match="not currently accepting connections"):
+            cluster.sql("SELECT 1", database=cluster.prefix + name)
+        env = {**os.environ, "PGM_SOCKET": "used"}
+        assert subprocess.check_output(leased(TABLES), text=True, env=env) == "made\n"
+
+
+@pytest.fixture
+def role(cluster: Cluster, monkeypatch: Patch) -> Iterator[str]:
+    """Let pgmanager and everything under it connect as a role that may only create databases."""
+    role = f"{cluster.prefix}role"
+    cluster.sql(f"CREATE ROLE {quoted(role)} LOGIN CREATEDB")
+    monkeypatch.setenv("PGUSER", role)
+    yield role
+    cluster.clean()
+    cluster.sql(f"DROP ROLE {quoted(role)}")
+
+
+@needs_postgres
+def test_three_templates_are_kept_and_what_is_used_or_not_ours_is_never_dropped(
+    cluster: Cluster, role: str, folder: Path
+) -> None:
+    """By a role that is no superuser. Templates of another role are not its own."""
+    real = {cluster.create(name, user=role) for name in ("template_0badcafe", "template_", "1")}
+    real.add(cluster.create("template_once_0badcafe", user=role))
+    (folder / "source").touch()
+    words = ("--depends", "source", "--init")
+    _, others = wrapped(*words, "psql -qXc 'CREATE TABLE a()'", env={"PGUSER": "postgres"})
+    with in_use(*words, CREATE):
+        (used,) = cluster.templates() - {name[len(cluster.prefix) :] for name in real} - {others}
+        made = []
+        for number in range(4):
+            done = run("wrap", *words, f"{CREATE} # {number}", "--", *leased(TABLES))
+            assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
+            assert "cannot drop" not in done.stderr
+            made.append(template_of(done.stderr)[1])
+    real = {name[len(cluster.prefix) :] for name in real}
+    assert cluster.names() == {*real, others, used, *made[-3:], "0"}  # one more than three
+    assert wrapped(*words, f"{CREATE} # 1") == ("found", made[1])  # now the last one used
+    assert cluster.names() == {*real, others, *made[-3:], "0"}
+    wrapped(*words, f"{CREATE} # 4")
+    assert cluster.names() >= {*real, others, made[1], made[3]}
+
+
+@needs_postgres
+def test_a_template_that_the_role_may_not_copy_is_a_clear_error(
+    cluster: Cluster, role: str
+) -> None:
+    name = cluster.create("owned", "CREATE TABLE data()")
+    done = run("wrap", "--template", name, "--", *leased(TABLES))
+    assert (done.returncode, done.stdout) == (125, "")
+    assert f'ERROR:  permission denied to copy database "{name}"' in done.stderr
+
+
+@needs_postgres
+def test_rebuild_makes_a_template_anew_unless_a_server_uses_it(
+    cluster: Cluster, folder: Path
+) -> None:
+    (folder / "source").touch()
+    words = ("--depends", "source", "--init", CREATE)
+    asked = f"SELECT oid FROM pg_database WHERE datname LIKE '{cluster.prefix}template%'"
+    verb, name = wrapped(*words)
+    before = cluster.sql(asked)
+    assert (verb, wrapped(*words)) == ("made", ("found", name))
+    assert cluster.sql(asked) == before
+    assert wrapped("--rebuild", *words) == ("made", name)
+    assert (again := cluster.sql(asked)) != before
+    with in_use(*words):
+        done = run("wrap", "--rebuild", *words, "--", "echo", "ran")
+        assert is_refused(done, f"cannot rebuild a template in use: {cluster.prefix}{name}")
+        assert cluster.sql(asked) == again
+        cluster.drop(name)  # by somebody else
+        with started("wrap", *words, "true") as late:
+            assert late.stderr is not None
+            assert "waiting for another run, which makes or uses" in late.stderr.readline()
+            used = processor_seconds(late)
+            assert silent(late.stderr, 0.5)
+            assert processor_seconds(late) - used < 0.25
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("init", "warns"),
+    [("true", True), ("psql -qXc 'BEGIN; CREATE TABLE a()'", True), (CREATE, False)],
+)
+def test_an_init_that_makes_no_table_is_told_so(cluster: Cluster, init: str, warns: bool) -> None:
+    done = run("wrap", "--init", init, "--", "true")
+    assert done.returncode == 0
+    assert done.stderr.count("pgmanager: warning: --init made no table") == warns
+
+
+@needs_postgres
+@pytest.mark.parametrize("user", ["postgres", "role"])
+def test_settings_of_the_template_are_copied_or_named_once(
+    user: str, cluster: Cluster, role: str, monkeypatch: Patch
+) -> None:
+    name = cluster.create("real", user=role)
+    allowed = [
+        'DATABASE DB SET search_path = \'a b\', "C""x", "$user", public, \'\'',
+        "DATABASE DB SET DateStyle = 'ISO, DMY'",
+        "DATABASE DB SET application_name = 'x=''y'', \"z\" '",
+        "ROLE ROLE IN DATABASE DB SET search_path = ''",
+        "ROLE ROLE IN DATABASE DB SET statement_timeout = '7s'",
+    ]
+    denied = [
+        "DATABASE DB SET log_statement = 'all'",
+        "ROLE postgres IN DATABASE DB SET work_mem = '3MB'",
+    ]
+    for each in allowed + denied:
+        text = each.replace("ROLE ROLE", f"ROLE {quoted(role)}").replace("DB", quoted(name))
+        cluster.sql(f"ALTER {text}")
+    if user == "postgres":
+        monkeypatch.setenv("PGUSER", "postgres")
+    query = "SELECT setrole, unnest(setconfig) FROM pg_db_role_setting JOIN pg_database d"
+    query += " ON d.oid = setdatabase WHERE datname = "
+    copied = {f"{role}|{item}" for role, item in cluster.sql(f"{query}'{name}'")}
+    assert len(copied) == len(allowed + denied)
+    if user == "role":
+        copied = {row for row in copied if not re.search("log_statement|work_mem", row)}
+    monkeypatch.setenv("PGM_DATABASE_COUNT", "2")
+    ask = ["-c", "SHOW search_path", "-c", f"{query} current_database()"]
+    second = shlex.join([*leased("SELECT 1"), *ask])
+    command = [*PGMANAGER, "exec", "--", "sh", "-c", f'{second}; psql -XAt "$@"', "sh", *ask]
+    done = run("wrap", "--template", name, "--", *command)
+    path = '"a b", "C""x", "$user", public, ""' if user == "postgres" else '""'
+    lines = done.stdout.splitlines()
+    assert lines.count(path) == 2, done.stderr
+    assert collections.Counter(lines) == {"1": 1, path: 2, **dict.fromkeys(copied, 2)}
+    said = "the template's settings log_statement, work_mem are not copied: ERROR:  "
+    assert done.stderr.count(said) == (user == "role")
+
+
+@needs_postgres
+def test_real_databases_with_names_of_the_pool_are_kept_and_the_cure_is_said_once(
+    cluster: Cluster, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("PGM_DATABASE_COUNT", "3")
+    template = cluster.create("real", "CREATE TABLE made()")
+    for name in ("0", "1"):
+        cluster.create(name, "CREATE TABLE data AS SELECT 42 AS x")
+    before = cluster.content()
+    ask = shlex.join(leased("SELECT current_database()"))
+    script = f"{ask}; {ask}; {shlex.join([*PGMANAGER, 'status', '--json'])}"
+    done = run("wrap", "--template", template, "--", "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{cluster.prefix}2\n" * 2)
+    rows = json.loads(done.stdout.split("\n", 2)[2])["databases"]
+    assert [row["state"] for row in rows[:2]] == ["broken"] * 2
+    assert all("was not made by pgmanager; HINT:  " in row["reason"] for row in rows[:2])
+    assert done.stderr.count("not made by pgmanager") == 1
+    assert done.stderr.count("pgmanager wrap-each -x -- dropdb --if-exists\n") == 1
+    after = cluster.content()
+    after.pop(f"{cluster.prefix}2", None)  # it may be being made again
+    assert before == after
+
+
+@needs_postgres
+def test_command_is_told_the_template_of_its_pool_and_of_no_other(
+    cluster: Cluster, folder: Path
+) -> None:
+    show = ["sh", "-c", 'echo "$PGM_TEMPLATE_DATABASE"']
+    inner = [*PGMANAGER, "wrap", "--", *show]
+    for words, command, expected in (
+        ((), show, ""),
+        (("--prepare", "true"), show, ""),
+        (("--template", "template1"), show, "template1"),
+        (("--template", "template1"), inner, "template1"),
+        (("--template", "template1"), [*inner[:-4], "-s", "other", "--", *show], ""),
+    ):
+        env = {**os.environ, "PGM_TEMPLATE_DATABASE": "stale"}
+        assert run("wrap", *words, "--", *command, env=env).stdout == f"{expected}\n"
+
+
+@needs_postgres
+def test_a_throw_away_postgres_begins_with_the_template_that_was_kept(
+    workplace: Callable[..., list[str]], folder: Path, own: list[str]
+) -> None:
+    """And a database that the command makes itself is empty."""
+    init = f"echo run >> runs; {CREATE}"
+    ask = f'psql -XAtc "{TABLES}"'
+    script = f'echo "$PGM_TEMPLATE_DATABASE$PGDATABASE"; createdb own; {ask} own; "$@" {ask}'
+    command = ["sh", "-c", script, "sh", *own, "exec", "--"]
+    for option, expected in ((), "made"), ((), "found"), (("--rebuild",), "made"):
+        words = workplace("--init", init, "--depends", "a.sql", *option, "--", *command)
+        done = subprocess.run([*own, *words], capture_output=True, text=True, timeout=DEADLINE)
+        assert done.returncode == 0, done.stderr
+        verb, name = template_of(done.stderr)
+        assert (done.returncode, done.stdout) == (0, f"db{name}\nmade\n"), done.stderr
+        assert verb == expected
+    assert (folder / "runs").read_text() == "run\n" * 2
+
+
+# Three servers that hold data, and three ways to say which one is meant, that disagree.
+
+TOUCH = "DROP TABLE IF EXISTS data; CREATE TABLE IF NOT EXISTS touched()"
+TOUCHING = f"psql -qXc '{TOUCH}'"
+WAYS = ("PGSERVICE", "DATABASE_URL", "PGHOST")
+
+
+@pytest.fixture(scope="module")
+def three_hosts() -> Iterator[list[str]]:
+    with running_postgres(3) as hosts:
+        yield hosts
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    "ways",
+    [each for size in (1, 2, 3) for each in itertools.combinations(WAYS, size)],
+    ids="+".join,
+)
+def test_only_the_pools_databases_on_the_right_server_change(
+    ways: tuple[str, ...], three_hosts: list[str], folder: Path
+) -> None:
+    clusters = dict(zip(WAYS, map(Cluster, three_hosts)))
+    for cluster in clusters.values():
+        cluster.prefix = prefix = clusters["PGSERVICE"].prefix.replace(' "', "_")
+        for name in ("dev", "0"):  # the second is called like one of the pool's, and is real
+            cluster.create(name, f"CREATE TABLE data AS SELECT '{name} {cluster.host}' AS x")
+    service, url, variables = clusters.values()
+    place = f"host={service.host}\nport=5432\nuser=postgres\ndbname={prefix}dev"
+    (folder / "services").write_text(f"[away]\n{place}\n")
+    query = f"host={url.host.replace('/', '%2F')}&port=5432"
+    env_of = {
+        "PGSERVICE": {"PGSERVICE": "away", "PGSERVICEFILE": str(folder / "services")},
+        "DATABASE_URL": {"DATABASE_URL": f"postgresql://postgres@/{prefix}dev?{query}"},
+        "PGHOST": {**variables.env, "PGDATABASE": f"{prefix}dev"},
+    }
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PG")}
+    env.update({"PGM_DATABASE_PREFIX": prefix, "PGM_DATABASE_COUNT": "2"})
+    env["PATH"] = f"{pgmanager.find_programs()}:{env['PATH']}"
+    for way in ways:
+        env.update(env_of[way])
+    # What reads the URL, where there is one, has to come to the same database as psql does.
+    clients = f'{TOUCHING} && psql -qX ${{DATABASE_URL:+"$DATABASE_URL"}} -c "TABLE touched"'
+    (folder / "test_it.py").write_text(
+        "import subprocess\ndef test_it():\n"
+        f"    subprocess.run(['sh', '-c', {clients!r}], check=True)\n"
+    )
+    wrap, exec_ = ["wrap"], [*PGMANAGER, "exec", "--", "sh", "-c", clients]
+    (folder / "source").touch()
+    template = [*wrap, "--template", f"{prefix}dev"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "pgmanager", "-p", "no:cacheprovider"]
+    env["PYTHONPATH"] = str(MODULE.parent)
+    keeping = [
+        [*template, "--", *exec_],
+        [*wrap, "--init", TOUCHING, "--depends", "source", "--", *exec_],
+        [*template, "--", *tests],
+    ]
+    changing = [  # all of the pool's databases, as the caller says
+        [*wrap, "--prepare", TOUCHING, "--", *exec_],
+        ["wrap-each", "--", "sh", "-c", clients],
+    ]
+    right = "DATABASE_URL" if "DATABASE_URL" in ways else "PGHOST"
+    before = {way: cluster.content() for way, cluster in clusters.items()}
+    try:
+        for command in keeping + changing:
+            if command == changing[0] and "PGSERVICE" not in ways:
+                if "1" in clusters[right].names():
+                    clusters[right].drop("1")
+                clusters[right].create("1")
+            done = run(*command, env=env, cwd=folder)
+            if "PGSERVICE" in ways:
+                assert is_refused(done, "PGSERVICE is set")
+            else:
+                assert done.returncode == 0, done.stdout + done.stderr
+            after = {way: cluster.content() for way, cluster in clusters.items()}
+            if "PGSERVICE" not in ways:
+                pools = [f"{prefix}1"] + [f"{prefix}0"] * (command in changing)
+                found = [after[right].pop(name, None) for name in pools]
+                if command in changing:
+                    assert found == [[("touched", None)]] * 2
+                    before[right].pop(f"{prefix}0", None)
+            assert before == after, command
+        if "PGSERVICE" in ways:
+            assert is_refused(run("exec", "--", "sh", "-c", clients, env=env), "PGSERVICE is set")
+            done = subprocess.run(tests, env=env, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 4
+            assert "ERROR: pgmanager: PGSERVICE is set" in done.stderr
+    finally:
+        for cluster in clusters.values():
+            cluster.clean()
+
+
 # -------------------------------------------------------------------------------------- Status
 
 
