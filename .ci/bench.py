@@ -432,7 +432,7 @@ def main() -> None:
                 groups[name](stack)
         private = pgmanager.get_private_folder()
         shutil.rmtree(f"{private}/{os.environ['PGPORT']}", ignore_errors=True)
-        for file in glob.glob(f"{private}/{pgmanager.SOCKETS}/*{os.path.basename(folder)}*"):
+        for file in glob.glob(f"{private}/{pgmanager.SOCKET_LOCKS}/*{os.path.basename(folder)}*"):
             os.remove(file)
 
 
