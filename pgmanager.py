@@ -1503,7 +1503,8 @@ def show_errors(config: Any) -> Iterator[None]:
     """Let pytest print our errors as its own, in one line; and let our messages be seen."""
     import pytest
 
-    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+    capture = config.pluginmanager.getplugin("capturemanager")  # None under -p no:capture
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
         try:
             yield
         except Error as error:
