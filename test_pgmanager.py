@@ -1498,6 +1498,8 @@ def test_an_error_for_want_of_a_server_says_whether_pgm_socket_is_set(
         with pytest.raises(pgmanager.ServerError, match="no server at the socket") as caught:
             acquiring()
         assert ("PGM_SOCKET is not set here" in str(caught.value)) == (variable is None)
+        with pytest.raises(pgmanager.ServerError, match=r"wrap'$"):  # a path was given
+            pgmanager.acquire(socket_path="another")
 
 
 @pytest.mark.parametrize(
@@ -3726,7 +3728,7 @@ def told(folder: Path) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("words", "workers", "url"),
     [
-        ("-p pgmanager -p no:xdist", 1, None),
+        ("-p pgmanager -p no:xdist -p no:capture", 1, None),
         ("-p pgmanager -n 0", 1, URL),
         ("-p pgmanager -n auto", 2, URL),
         ("-p pgmanager -n auto --pdb", 1, None),
