@@ -56,6 +56,6 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/$(PIP) install --upgrade pip
 	@$(BIN)/$(PIP) install --group dev --editable .
-	@$(BIN)/python -c 'import pgmanager; pgmanager._find_programs()' 2>/dev/null || \
+	@$(BIN)/python -c 'import pgmanager; pgmanager.find_programs()' 2>/dev/null || \
 		$(BIN)/$(PIP) install --editable '.[postgres]'
 	@touch $@
