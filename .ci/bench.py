@@ -34,6 +34,7 @@ from typing import Any
 import pgmanager
 
 OURS, BEFORE, PEER = "pgmanager", "BEFORE", "PEER"
+VERSIONS = [OURS, BEFORE] if os.environ.get("BEFORE") else [OURS]
 COMMANDS: dict[str, list[str]] = {}  # how each is started
 # As pip's script starts it: with the byte code cached.
 STARTER = "import sys; sys.path.insert(0, sys.argv.pop(1))"
@@ -146,23 +147,18 @@ class Server:
         stack.callback(os.killpg, self.process.pid, signal.SIGTERM)
         assert self.process.stdout is not None
         self.output = self.process.stdout.readline().decode() if verb == "wrap" else ""
-        deadline = time.monotonic() + 30
-        while True:
+        for attempt in itertools.count():
             try:
                 connect(self.path).close()
                 break
             except (FileNotFoundError, ConnectionRefusedError):
-                if time.monotonic() > deadline:
+                if attempt == 3000:
                     sys.exit(f"bench: server does not start: {self.process.args!r}")
-            time.sleep(0.01)
+                time.sleep(0.01)
 
     def get_memory(self) -> int:
         """Return the resident memory, in bytes."""
         return 1024 * int(subprocess.check_output(["ps", "-orss=", f"-p{self.process.pid}"]))
-
-
-def get_versions() -> list[str]:
-    return [label for label in (OURS, BEFORE) if label in COMMANDS]
 
 
 def start_pools(stack: contextlib.ExitStack, labels: Sequence[str], count: int) -> dict[str, str]:
@@ -188,24 +184,24 @@ def receive(client: socket.socket) -> None:
     assert answer.startswith(b"OK:"), answer
 
 
-def measure_connect(path: str, repeat: int = 30, pause: float = 0.001) -> float:
+def measure_connect(path: str) -> float:
     """Return the median time from connect to name, with a pause after each lease."""
     spent = []
-    for _ in range(repeat):
+    for _ in range(30):
         begin = time.perf_counter()
         client = connect(path)
         spent.append(time.perf_counter() - begin)
         client.close()
-        if pause:  # a sleep of 0 still takes 50 us
-            time.sleep(pause)
+        time.sleep(0.001)
     return statistics.median(spent)
 
 
-def measure_rate(path: str, repeat: int = 1000) -> float:
+def measure_rate(path: str) -> float:
     """Return how many leases a second one client takes, one after the other."""
     begin = time.perf_counter()
-    measure_connect(path, repeat, pause=0)
-    return repeat / (time.perf_counter() - begin)
+    for _ in range(1000):
+        connect(path).close()
+    return 1000 / (time.perf_counter() - begin)
 
 
 def measure_crowd(path: str, processes: int, names: int, hold: float) -> tuple[float, float]:
@@ -236,10 +232,10 @@ def getting(stack: contextlib.ExitStack) -> None:
     show("connect to name", "us", in_turns(40, for_each(paths, measure_connect)), "<= 2")
     rates = in_turns(20, for_each(paths, measure_rate))
     show("leases a second, one client in a loop", "", rates, ">= 0.4")
-    large = {**start_pools(stack, get_versions(), 512), "pgmanager, 4 names": paths[OURS]}
+    large = {**start_pools(stack, VERSIONS, 512), "pgmanager, 4 names": paths[OURS]}
     show("connect to name, 512 names", "us", in_turns(20, for_each(large, measure_connect)))
     runs: Measures = {"python -c pass": partial(measure_run, sys.executable, "-c", "pass")}
-    for label in get_versions():
+    for label in VERSIONS:
         env = {**os.environ, "PGM_SOCKET": paths[label]}
         runs[label] = partial(measure_run, *COMMANDS[label], "exec", "--", "true", env=env)
     show("pgmanager exec -- true", "ms", in_turns(20, runs))
@@ -257,7 +253,7 @@ def sharing(stack: contextlib.ExitStack) -> None:
 
 def waiting(_: contextlib.ExitStack) -> None:
     """To wait: 1,000 clients in the queue"""
-    measures: Measures = {label: partial(measure_queue, label, 1000) for label in get_versions()}
+    measures: Measures = {label: partial(measure_queue, label, 1000) for label in VERSIONS}
     early, memory, hand_over, death = split(in_turns(3, measures))
     one = {"pgmanager, 10 in it": [measure_queue(OURS, 10)[2] for _ in range(3)]}
     show("answered before an earlier one", "", early, "<= 0", OURS)
@@ -284,7 +280,6 @@ def measure_queue(label: str, size: int, names: int = 64) -> tuple[float, float,
         for client in holders:
             client.close()
         order: list[int] = []
-        hand_overs = []
         while len(order) < size:
             for number, _ in watch.poll(10):
                 order.append(places[number])
@@ -293,6 +288,7 @@ def measure_queue(label: str, size: int, names: int = 64) -> tuple[float, float,
         early = sum(place < last for place, last in zip(order, itertools.accumulate(order, max)))
         clients = [connect(server.path, waits=True) for _ in range(names + size)]
         time.sleep(1.5)
+        hand_overs = []
         for _ in range(50):
             clients.append(connect(server.path, waits=True))
             time.sleep(0.001)  # for it to be queued outside the time measured
@@ -331,7 +327,7 @@ def fresh(stack: contextlib.ExitStack) -> None:
     for tables in (10, 200, 1000):
         with contextlib.ExitStack() as inner:
             measures: Measures = {}
-            for label in get_versions():
+            for label in VERSIONS:
                 path = start_fresh(inner, label, tables, 1).path
                 measures[label] = partial(measure_renewal, path, [connect(path)])
             # On a PostgreSQL of its own, for each copy leaves it some work.
@@ -348,10 +344,10 @@ def fresh(stack: contextlib.ExitStack) -> None:
             values,
             "" if tables < 200 else "<= 1.1",
         )
-    paths = {label: start_fresh(stack, label, 200, 8).path for label in get_versions()}
+    paths = {label: start_fresh(stack, label, 200, 8).path for label in VERSIONS}
     _, waits = split(in_turns(7, for_each(paths, measure_crowd, 4, 8, 0.1)))
     show("200 tables, 8 names, 4 processes: longest wait", "ms", waits)
-    copies: Measures = {label: partial(count_copies, label) for label in get_versions()}
+    copies: Measures = {label: partial(count_copies, label) for label in VERSIONS}
     show("64 names, 8 tests: copies that are made", "", in_turns(1, copies), "<= 12", OURS)
 
 
@@ -382,7 +378,7 @@ def starting(_: contextlib.ExitStack) -> None:
     lease = ["--", sys.executable, "-ISc", ONE_LEASE]
     wrap = ["wrap", "--ephemeral", "--prefix", "bench_"]
     measures: Measures = {}
-    for label in get_versions():
+    for label in VERSIONS:
         options = get_init_options(label, 200)
         measures[label] = partial(measure_run, *COMMANDS[label], *wrap, *options, *lease)
     measures["without --init"] = partial(measure_run, *COMMANDS[OURS], *wrap, *lease)
