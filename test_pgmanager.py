@@ -4405,7 +4405,6 @@ def test_where_another_has_taken_the_place_initdb_runs_every_time(
 
 NOT_RUN = {
     "python3 -m venv .venv": "installs",
-    "pip install django": "installs",
     "npm install": "installs; after it, jest, mocha and vitest were run by hand",
     "here=$(mktemp -d)\nssh ": "needs another machine",
 }
