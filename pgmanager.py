@@ -801,8 +801,9 @@ AT_ONCE = int(socket.MSG_DONTWAIT | NO_SIGNAL)  # flags to send without waiting
 
 def is_observer(address: Any) -> bool:
     """Tell whether a client's own address is an observer's: a path, or an abstract name."""
-    last_part = os.path.basename(os.fsdecode(address or "").lstrip("\0"))
-    return last_part.startswith(OBSERVER)
+    if not address:  # as of nearly all clients
+        return False
+    return os.path.basename(os.fsdecode(address).lstrip("\0")).startswith(OBSERVER)
 
 
 class Handler(socketserver.BaseRequestHandler):
