@@ -1124,7 +1124,7 @@ def test_the_socket_is_private_from_its_first_instant(path: str) -> None:
             umasks.update(re.findall(r"Umask:\s*(\d+)", Path("/proc/self/status").read_text()))
 
     before = os.umask(0)
-    locks = pgmanager.Locks(os.environ["PGPORT"])
+    locks = pgmanager.Locks(lock_file(""))
     try:
         sys.setprofile(look)
         try:
