@@ -154,8 +154,10 @@ class CommandError(Error):
             reason = "not a program; begin the script with a line #!/bin/sh"
         elif error.errno == errno.EACCES:
             reason = f"{error.strerror}; make it executable"
-        else:
+        elif error.errno in SCARCITY:
             self.exit_status, reason = Error.exit_status, f"{error.strerror}; try with less load"
+        else:
+            reason = f"{error.strerror}; correct it"
         super().__init__(f"cannot run: {program!r}: {reason}")
 
 
@@ -1801,8 +1803,11 @@ WHERE datname = :'template' \\gexec
 """
 
 # From here on nobody can connect to the template, so a copy never fails because it is in use.
-FINISH_SCRIPT = """
+# It is marked once more, because init may have dropped it and made it again.
+FINISH_SCRIPT = f"""
 SET client_encoding = UTF8;
+ALTER DATABASE :"name" CONNECTION LIMIT {OUR_LIMIT};
+COMMENT ON DATABASE :"name" IS '{OUR_COMMENT}, which drops it without asking';
 ALTER DATABASE :"name" ALLOW_CONNECTIONS false;
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = :'name' AND backend_type = 'client backend' \\g /dev/null
@@ -2044,6 +2049,7 @@ def check_sql_file(path: str) -> bool:
     except OSError as error:
         problem = f"bad init: cannot read: {path}: {error.strerror}"
         raise UsageError(problem, "make it readable") from None
+    text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which psql ignores too
     # What COPY reads from the file itself is not SQL.
     text = re.sub(rb"(?ims)^copy\b[^;]*\bfrom stdin\b[^;]*;.*?^\\\.$", b"", text)
     leaving = re.search(
@@ -3030,7 +3036,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"{problem}: {word}", f"see '{program} --help'")
     if "words" in args:
         args.words = args.words[args.words[:1] == ["--"] :]
-        if not args.words:
+        if not args.words or not args.words[0]:
             raise UsageError("nothing to run", f"write {program} -- COMMAND")
     return args
 

@@ -2295,7 +2295,13 @@ def test_a_template_is_made_once_and_again_when_what_it_is_made_from_changes(
 
 
 # What is refused before a server is asked: there is none.
-LEAVING = ["\\c x", " \\connect x", "CREATE DATABASE x;", "select 1;\n\tdrop  database x;"]
+LEAVING = [
+    "\\c x",
+    "\ufeff\\c x",
+    " \\connect x",
+    "CREATE DATABASE x;",
+    "select 1;\n\tdrop  database x;",
+]
 LEAVING += ["Alter Database x SET a = b;", "COPY t FROM stdin;\n1\n\\.\n\\c x"]
 
 
@@ -2442,6 +2448,15 @@ def test_a_template_whose_files_change_meanwhile_is_used_and_not_kept(cluster: C
     assert "was changed meanwhile: the template is not kept\n" in done.stderr
     assert template_of(done.stderr)[1].startswith("template_once_")
     assert cluster.names() <= {"0"}  # the end may have come while it was prepared again
+
+
+@needs_postgres
+def test_an_init_may_make_its_database_anew(cluster: Cluster) -> None:
+    init = f'dropdb "$PGDATABASE" && createdb "$PGDATABASE" && {CREATE}'
+    for verb in ("made", "found"):
+        done = run("wrap", *KEPT, init, "--", *leased(TABLES))
+        assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
+        assert template_of(done.stderr)[0] == verb
 
 
 @needs_postgres
