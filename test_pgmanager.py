@@ -3603,12 +3603,13 @@ def test_every_subcommand_explains_itself_and_pgmanager_alone_prints_its_help(wo
 def test_an_error_is_one_line_that_says_what_to_do(
     folder: Path, words: str, status: int, named: str
 ) -> None:
+    before = glob.glob(lock_file("*"))  # of a test that was killed
     done = run(*words.split(), cwd=folder)
     assert (done.stdout, done.returncode) == ("", status)
     assert is_one_line(done.stderr), done.stderr
     assert named.replace("FOLDER", str(folder)) in done.stderr
     assert os.listdir(folder) == []
-    assert not glob.glob(lock_file("*"))
+    assert glob.glob(lock_file("*")) == before
     assert not glob.glob(f"/tmp/pgmanager-{os.geteuid()}/sockets/*{folder.name}*")
 
 
