@@ -1519,7 +1519,7 @@ def runs_tests(options: Any) -> bool:
 
 
 def lease_for_pytest() -> None:
-    """Lease a database for the tests of this process, and lead them to it."""
+    """Lease a database for the tests of this process, and set the environment for it."""
     env_for(NO_DATABASE)  # raises before there is a lease
     pytest_state.lease = acquire()
     os.environ.update(env_for(pytest_state.lease))
@@ -2592,8 +2592,8 @@ class Plan:
     ) -> tuple[Preparer | None, str, Mapping[str, str]]:
         """Start PostgreSQL if it is ours, and make the template.
 
-        Return what prepares the databases, the folder of their lock files, and the environment
-        that leads to PostgreSQL.
+        Return what prepares the databases, the folder of their lock files, and the environment for
+        programs that use this PostgreSQL.
         """
         prefix, init, key = names[0][:-1], None, ""
         if self.kind == "template":
