@@ -427,7 +427,7 @@ def get_private_folder(uid: int | None = None) -> str:
     return folder
 
 
-def escape(name: str) -> str:
+def make_file_name(name: str) -> str:
     """Turn a name or a path into the name of a file."""
     return name.replace("%", "%25").replace("/", "%2F")
 
@@ -522,7 +522,7 @@ class Locks:
 
     def path(self, name: str) -> str:
         """Return the path of a name's lock file: fuser(1) tells which processes have it open."""
-        return os.path.join(self.folder, escape(name))
+        return os.path.join(self.folder, make_file_name(name))
 
     def take(self, name: str, *, wait: bool = False) -> tuple[int, bool]:
         """Lock a name; return the lock, and True if its file still has our owner token.
@@ -1164,15 +1164,10 @@ def remove_dead_socket(path: str) -> None:
     raise SocketInUse(f"socket is in use: {path}", "end what serves there, or choose another")
 
 
-def get_private_sockets() -> Iterator[str]:
-    """Yield paths for a private socket. The caller takes the first one that is not in use."""
-    return (f"{get_private_folder()}/wrap-{number}.sock" for number in itertools.count(1))
-
-
 def get_socket_lock_file(path: str) -> str:
     folder, file = os.path.split(path)
     path = os.path.join(os.path.realpath(folder), file)  # one spelling, whatever links there are
-    return os.path.join(get_private_folder(), SOCKET_LOCKS, escape(path))
+    return os.path.join(get_private_folder(), SOCKET_LOCKS, make_file_name(path))
 
 
 def get_server_sockets() -> Iterator[str]:
@@ -1598,7 +1593,7 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
             raise UsageError(f"too few databases: {len(names)} for {len(specs)} workers", advice)
         if os.path.isdir(status["locks"]):
             first_name = status["databases"][0]["name"]
-            lock_file = os.path.join(status["locks"], escape(f"{first_name}.gather"))
+            lock_file = os.path.join(status["locks"], make_file_name(f"{first_name}.gather"))
             what = f"another pytest run to start its workers: {lock_file}"
             timeout = get_timeout()
             pytest_state.gather_lock = wait_for_lock(lock_file, what, time.sleep, PATIENCE, timeout)
@@ -1900,7 +1895,7 @@ def read_end(file: Any) -> str:
     return os.fsdecode(file.read())
 
 
-def get_reason(output: str) -> str:
+def find_error(output: str) -> str:
     """Return the first error in an output, with PostgreSQL's hint; or else the last line."""
     lines = output.splitlines() or ["no output"]
     for number, line in enumerate(lines):
@@ -1922,51 +1917,23 @@ class Postgres:
     """The PostgreSQL server that the caller's environment leads to."""
 
     is_ours = False
-    options: Sequence[str] = ()  # that we start the server with
+    env: Mapping[str, str] = os.environ  # for programs that use the server
+    options: Sequence[str] = ()  # that we start it with
     strategy = ""  # of CREATE DATABASE
 
-    def __init__(self, signals: Signals | None = None) -> None:
-        """Raise UsageError for an environment that leads to several servers."""
-        self.env: Mapping[str, str] = os.environ
+    def __init__(self) -> None:
+        """Raise UsageError if programs would not agree where the server is."""
         self._ports = get_ports(env_for("postgres"))
-        self._signals = signals
 
     def get_locks_folder(self) -> str:
-        """Return the folder for the lock files of this server's databases."""
+        """Return the folder for the lock files of the server's databases."""
         return os.path.join(get_private_folder(), self._ports)
 
     def start(self, stack: contextlib.ExitStack, key: str = "") -> None:
-        """Start the server if it is ours."""
+        """Start the server if it is ours, until the stack ends."""
 
     def pack(self) -> None:
-        """Save the data of a server that is ours, for later starts with this key."""
-
-    def run_script(
-        self, script: str, *, database: str = "postgres", is_ending: bool = False, **variables: str
-    ) -> list[list[str]]:
-        """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted.
-
-        If ``is_ending`` is true, signals do not interrupt it.
-        """
-        import subprocess
-
-        command = get_psql_command(**variables)
-        with temporary_files(script) as (given, output, errors):
-            options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
-            options["env"] = env_for(database, self.env)
-            if is_ending or self._signals is None:
-                status = subprocess.call(command, start_new_session=True, **options)
-            else:
-                status = self._signals.run(command, **options)
-                self._signals.check()
-            if status:
-                raise PostgresError(get_reason(read_end(errors)))
-            return [line.split("\x1f") for line in read_end(output).split("\n") if line]
-
-    def create_databases(self, names: Iterable[str]) -> None:
-        """Create empty databases. Only for a server of our own, which has no others."""
-        lines = [f"CREATE DATABASE {quote_identifier(each)} {self.strategy};" for each in names]
-        self.run_script("\n".join(["SET client_encoding = UTF8;", *lines]))
+        """Save the data of a server that is ours, for later starts with the same key."""
 
 
 class Preparer:
@@ -2005,9 +1972,9 @@ class Preparer:
             if self._is_copy and "ERROR:" in output:
                 skipped = re.findall(r"(?m)^STATEMENT:  ALTER .*? SET (\S+) TO ", output)
                 problem = f"the template's settings {', '.join(sorted({*skipped}))} are not copied"
-                say_once(f"{problem}: {get_reason(output)}")
+                say_once(f"{problem}: {find_error(output)}")
             return None
-        reason = f"cannot prepare {name}: exit status {status}: {get_reason(output)}"
+        reason = f"cannot prepare {name}: exit status {status}: {find_error(output)}"
         if "was not made by pgmanager" in output:
             advice = "to delete all of them: pgmanager wrap-each -x -- dropdb --if-exists"
             say_once(
@@ -2174,8 +2141,7 @@ class Templates:
     """The templates of one prefix on one server."""
 
     def __init__(self, prefix: str, postgres: Postgres, signals: Signals) -> None:
-        self._prefix, self._postgres, self._signals = prefix, postgres, signals
-        self._run_script = postgres.run_script
+        self.prefix, self._postgres, self._signals = prefix, postgres, signals
 
     def find_or_make(
         self, source: InitSource, rebuild: bool, stack: contextlib.ExitStack
@@ -2186,7 +2152,7 @@ class Templates:
         holds an exclusive lock. So parallel runs make it only once.
         """
         role, found = self._list()
-        name = source.get_template_name(self._prefix, role)
+        name = source.get_template_name(self.prefix, role)
         is_made = False
         while True:
             if found.get(name) and not rebuild:
@@ -2228,7 +2194,7 @@ class Templates:
             unlock(lock)  # for processes too that init has left in the background
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._postgres.get_locks_folder(), escape(name))
+        return os.path.join(self._postgres.get_locks_folder(), make_file_name(name))
 
     def _describe_user(self, name: str) -> str:
         return f"another run, which makes or uses the template {name}"
@@ -2251,7 +2217,7 @@ class Templates:
             self._run_init(source, name)
             final = name
             if source.is_kept and source.compute_hash() != source.hash:
-                final = make_unique_name(self._prefix)
+                final = make_unique_name(self.prefix)
                 say("a file of --init or --depends was changed meanwhile: the template is not kept")
             if self._run_script(COUNT_TABLES_SCRIPT, database=name) == [["0"]]:
                 say("warning: --init made no table; check that it commits, and uses PGDATABASE")
@@ -2279,7 +2245,7 @@ class Templates:
 
     def _list(self) -> tuple[str, dict[str, bool]]:
         """Return our role, and {name: True if it is finished} of our templates."""
-        role, *rows = self._run_script(LIST_SCRIPT, prefix=f"{self._prefix}template_")
+        role, *rows = self._run_script(LIST_SCRIPT, prefix=f"{self.prefix}template_")
         return role[0], {name: is_ready == "t" for name, is_ready in rows}
 
     def _is_finished(self, name: str) -> bool:
@@ -2295,9 +2261,9 @@ class Templates:
             except FileNotFoundError:
                 return 0
 
-        pattern = re.escape(self._prefix) + "template_(once_)?[0-9a-f]{8}"
+        pattern = re.escape(self.prefix) + "template_(once_)?[0-9a-f]{8}"
         names = [name for name in others if re.fullmatch(pattern, name)]
-        once = [name for name in names if "template_once_" in name[len(self._prefix) :]]
+        once = [name for name in names if "template_once_" in name[len(self.prefix) :]]
         kept = sorted({*names} - {*once}, key=get_last_use, reverse=True)
         for name in [*once, *kept[MAX_KEPT - 1 :]]:
             self._drop_unused(name)
@@ -2312,7 +2278,7 @@ class Templates:
     def _end_use(self, name: str, lock: int) -> None:
         """End our use of a template; drop it if it is not to be kept."""
         close_lock(lock)
-        if name.startswith(f"{self._prefix}template_once_"):
+        if name.startswith(f"{self.prefix}template_once_"):
             self._drop_unused(name)
 
     def _drop(self, name: str) -> None:
@@ -2321,6 +2287,31 @@ class Templates:
             self._run_script(DROP_SCRIPT, is_ending=True, name=name)
         except PostgresError as error:
             say(f"cannot drop {name}: {error}; the next start tries again")
+
+    def _run_script(
+        self, script: str, *, database: str = "postgres", is_ending: bool = False, **variables: str
+    ) -> list[list[str]]:
+        """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted."""
+        import subprocess
+
+        command = get_psql_command(**variables)
+        with temporary_files(script) as (given, output, errors):
+            options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
+            options["env"] = env_for(database, self._postgres.env)
+            if is_ending:
+                status = subprocess.call(command, start_new_session=True, **options)
+            else:
+                status = self._signals.run(command, **options)
+                self._signals.check()
+            if status:
+                raise PostgresError(find_error(read_end(errors)))
+            return [line.split("\x1f") for line in read_end(output).split("\n") if line]
+
+    def create_empty(self, names: Iterable[str]) -> None:
+        """Create empty databases on a server of our own, which has no others."""
+        strategy = self._postgres.strategy
+        lines = [f"CREATE DATABASE {quote_identifier(name)} {strategy};" for name in names]
+        self._run_script("\n".join(["SET client_encoding = UTF8;", *lines]))
 
 
 # A throw-away server.
@@ -2387,8 +2378,7 @@ class ThrowAwayPostgres(Postgres):
     def __init__(self, options: Sequence[str], signals: Signals) -> None:
         import pwd
 
-        self.options, self._programs = options, find_programs()
-        self._signals: Signals = signals
+        self.options, self._signals, self._programs = options, signals, find_programs()
         # PG* of the caller are for another server, or for settings that this one does not have.
         ours = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
@@ -2510,7 +2500,7 @@ class ThrowAwayPostgres(Postgres):
             self._signals.wait_for(watchdog.stdout)
             piece = os.read(watchdog.stdout.fileno(), 65536)
             if not piece:
-                problem = f"PostgreSQL did not start: {get_reason(os.fsdecode(log))}"
+                problem = f"PostgreSQL did not start: {find_error(os.fsdecode(log))}"
                 raise PostgresError(problem, f"see --server-options and {self._base}")
             log += piece
 
@@ -2631,9 +2621,9 @@ class Plan:
         stack: contextlib.ExitStack,
     ) -> Preparer | None:
         """Start PostgreSQL and make the template, if need be; return what prepares databases."""
-        kind = self.kind
+        kind, templates = self.kind, Templates(names[0][:-1], postgres, signals)
         if kind == "init":
-            kind, self.template = "template", self._make_template(names, postgres, signals, stack)
+            kind, self.template = "template", self._make_template(templates, postgres, stack)
         elif kind == "template":
             check_template(self.value, names)
             self.template = self.value
@@ -2641,26 +2631,20 @@ class Plan:
         else:
             postgres.start(stack)
             if not kind and postgres.is_ours:
-                postgres.create_databases(names)
+                templates.create_empty(names)
         return Preparer(kind, self.template or self.value, postgres) if kind else None
 
     def _make_template(
-        self,
-        names: Sequence[str],
-        postgres: Postgres,
-        signals: Signals,
-        stack: contextlib.ExitStack,
+        self, templates: Templates, postgres: Postgres, stack: contextlib.ExitStack
     ) -> str:
-        """Start PostgreSQL; return the name of the template of --init, which is there then."""
+        """Start PostgreSQL; find or make the template of --init, and return its name."""
         source = InitSource(self.value, self.depends, " ".join(postgres.options))
-        prefix = names[0][:-1]
-        name = source.get_template_name(prefix, "postgres")
+        name = source.get_template_name(templates.prefix, "postgres")
         check_name_length(name, "choose a shorter prefix: --init makes this template")
         if self.is_verbose:
             say(f"the template is made from {', '.join(source.sources) or self.value}")
         key = name[-8:] if source.is_kept else ""
         postgres.start(stack, key)
-        templates = Templates(prefix, postgres, signals)
         template, is_made = templates.find_or_make(source, self.is_rebuild, stack)
         if is_made and template.endswith(f"template_{key}"):
             postgres.pack()
@@ -2728,8 +2712,7 @@ def serve_pool(
 
 def run_serve(args: argparse.Namespace) -> int:
     names, path, plan = get_names(args.prefix, args.count), get_socket_path(args.socket), Plan(args)
-    signals = Signals()
-    postgres = Postgres(signals)
+    postgres, signals = Postgres(), Signals()
     with contextlib.ExitStack() as stack:
         preparer = plan.start(names, postgres, signals, stack)
         locks = postgres.get_locks_folder()
@@ -2767,13 +2750,13 @@ def run_wrap(args: argparse.Namespace) -> int:
     path, plan = get_socket_path(args.socket), Plan(args)
     get_names("any" if args.prefix is None else args.prefix, args.count)
     signals = Signals()
-    postgres = ThrowAwayPostgres(options, signals) if args.ephemeral else Postgres(signals)
+    postgres = ThrowAwayPostgres(options, signals) if args.ephemeral else Postgres()
     with contextlib.ExitStack() as stack:
         server = None
-        if args.ephemeral or not joins_pool(path, args):
+        if args.ephemeral or not should_join_pool(path, args):
             server = serve_for_wrap(args, plan, postgres, signals, stack, path)
         env = {**postgres.env}
-        if server is not None or not is_around_us(path):
+        if server is not None or not is_outer_wrap(path):
             env.pop("PGM_TEMPLATE_DATABASE", None)
         if plan.template:
             env["PGM_TEMPLATE_DATABASE"] = plan.template
@@ -2807,12 +2790,12 @@ def look_at_socket(path: str) -> dict[str, Any] | None:
     raise SocketError(problem, "end it, or choose another socket")
 
 
-def is_around_us(path: str) -> bool:
+def is_outer_wrap(path: str) -> bool:
     """Tell whether the wrap on this socket has started us."""
     return {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
 
 
-def joins_pool(path: str, args: argparse.Namespace) -> bool:
+def should_join_pool(path: str, args: argparse.Namespace) -> bool:
     """Tell whether to use the pool at a path: a serve's, or that of the wrap around us.
 
     Says in one line which options are not used for that reason.
@@ -2820,7 +2803,7 @@ def joins_pool(path: str, args: argparse.Namespace) -> bool:
     status = look_at_socket(path)
     if status is None:
         return False
-    if status["command"] != "serve" and not is_around_us(path):
+    if status["command"] != "serve" and not is_outer_wrap(path):
         if args.socket is not None:
             raise SocketInUse(
                 f"socket is in use: {path}", "end what serves there, or choose another"
@@ -2856,8 +2839,9 @@ def serve_for_wrap(
     names = get_names(args.prefix, args.count)
     preparer = plan.start(names, postgres, signals, stack)
     locks = postgres.get_locks_folder()
+    private = (f"{get_private_folder()}/wrap-{number}.sock" for number in itertools.count(1))
     is_private = postgres.is_ours and args.socket is None
-    for each in itertools.chain(() if is_private else (path,), get_private_sockets()):
+    for each in private if is_private else itertools.chain((path,), private):
         try:
             server = stack.enter_context(serve_pool("wrap", names, preparer, each, locks))
             break
