@@ -1303,7 +1303,13 @@ async def acquire_async(
     path, seconds = get_socket_path(socket_path), get_timeout(timeout)
     started = time.monotonic()
     loop = asyncio.get_running_loop()
-    has_answer = asyncio.Event()
+    # With asyncio.wait(), because up to Python 3.11 wait_for() can lose a cancellation that comes
+    # just after the answer.
+    answered = loop.create_future()
+
+    def mark_answered() -> None:
+        loop.remove_reader(connection)
+        answered.set_result(None)
 
     async def explain(what: str) -> str:
         return await loop.run_in_executor(None, explain_wait, path, started, what)
@@ -1318,17 +1324,16 @@ async def acquire_async(
                 if seconds is not None and time.monotonic() > started + seconds:
                     raise
                 await asyncio.sleep(0.05)
-        loop.add_reader(connection, has_answer.set)  # loop.sock_recv() would drop the descriptor
+        loop.add_reader(connection, mark_answered)  # loop.sock_recv() would drop the descriptor
         try:
             if seconds is None or seconds > PATIENCE:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(has_answer.wait(), PATIENCE)
-                if not has_answer.is_set():
+                await asyncio.wait([answered], timeout=PATIENCE)
+                if not answered.done():
                     say(await explain("waiting for a database"))
             left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-            await asyncio.wait_for(has_answer.wait(), left)
-        except asyncio.TimeoutError:
-            problem = await explain("no database came free")
+            await asyncio.wait([answered], timeout=left)
+            if not answered.done():
+                problem = await explain("no database came free")
         finally:
             loop.remove_reader(connection)
         with receive(connection, path, problem) as lease:
