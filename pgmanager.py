@@ -7,7 +7,7 @@ commit. So every test process needs a database of its own. This file is a small 
 out the names of databases. A process connects to its UNIX socket and is told a name. When the
 process disconnects, the name goes to the next process in line. By default the databases must
 exist already; with --init or --template each lease gets a fresh copy, and with --ephemeral no
-PostgreSQL is needed beforehand.
+PostgreSQL has to be running.
 
     python -m pgmanager serve --prefix app_test_     # hand out names until Ctrl-C
     pgmanager wrap -- make test                      # serve while a command runs
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     import subprocess
     from typing import Any
 
-__all__ = ["Lease", "acquire", "acquire_async", "serving"]
+__all__ = ["Lease", "acquire", "acquire_async", "env_for", "serving"]
 __all__ += ["AcquireTimeout", "Error", "LockError", "PoolBroken", "PostgresError"]
 __all__ += ["ServerError", "SocketError", "UsageError"]
 __version__ = "0.3.0"
@@ -209,7 +209,8 @@ def get_names(prefix: str | None = None, count: str | None = None) -> list[str]:
     number = parse_number(DEFAULT_COUNT if text is None else text, "count", source)
     prefix, source = get_setting(prefix, "PGM_DATABASE_PREFIX")
     if not prefix:
-        raise UsageError("no prefix: names are prefix + 0, 1, 2 ...; give one, such as app_test_")
+        advice = "give --prefix or set PGM_DATABASE_PREFIX, for example to app_test_"
+        raise UsageError("no prefix for the names of the databases", advice)
     if min(prefix) < " ":
         raise UsageError(f"bad prefix: {prefix!r}{source}; leave out control characters")
     check_name_length(f"{prefix}{number - 1}", "choose a shorter prefix")
@@ -566,10 +567,10 @@ class Database:
 
     def __init__(self, name: str, state: str, since: float) -> None:
         self.name, self.state, self.since = name, state, since
-        self.reason: str | None = None  # why it is BROKEN; or the lock that another process has
+        self.reason: str | None = None  # BROKEN: the error. ELSEWHERE: the path of the lock file
         self.holder: Client | None = None
         self.lock = NO_LOCK  # ours, while it is leased
-        self.is_prepared = False  # its preparation has just ended, and offer() may skip another
+        self.is_prepared = False  # since the last lease; then offer() does not ask for it again
         self.failures = 0  # failed preparations since the last success
 
 
@@ -582,9 +583,9 @@ class Pool:
     thread then locks the name and calls offer(). If that returns False, the worker prepares the
     database, unlocks it, locks it again and calls offer() again.
 
-    If ``prepares`` is true, each database is prepared before each lease. For the first time that
-    happens only when it is needed: as many are ready or in preparation as there are waiters, and
-    ``spares`` more.
+    If ``prepares`` is true, each database is prepared before each lease. A database that was never
+    prepared waits until it is needed. The pool begins the next one while fewer are ready or in
+    preparation than there are waiters and ``spares``.
     """
 
     def __init__(
@@ -658,9 +659,9 @@ class Pool:
             self._serve_waiters()  # a waiter may need another name instead
 
     def offer(self, name: str, lock: int, has_our_token: bool) -> bool:
-        """Take a name back from a worker thread that has locked it; grant it or make it free.
+        """Grant a name that a worker thread has locked, or make it free; then return True.
 
-        Return False if the database must be prepared first. Then the lock is still the caller's.
+        Return False if the database must be prepared first. The lock stays the caller's only then.
         """
         with self._lock:
             database = self._databases[name]
@@ -831,8 +832,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     The thread in serve_forever() accepts clients and grants free names. One thread for each client
     reads until end of file and then releases the name. What blocks for a name (waiting for its
-    lock, preparing it) is done by worker threads. There is one for each name, so this never has to
-    wait for a thread.
+    lock, preparing it) is done by worker threads. There is one for each name, so no name waits for
+    a thread.
     """
 
     request_queue_size = socket.SOMAXCONN  # 5 by default: the sixth client would be turned away
@@ -855,7 +856,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._todo: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # for the workers
         send = (self._send_grant, self._send_refusal)
         self.pool = Pool(names, locks, *send, self._todo.put, prepare is not None, processors)
-        # So many connections may be open. Later clients wait in the listen backlog.
+        # How many connections may be open at once. Later clients wait in the listen backlog.
         preparations = min(len(names), processors) if prepare else 0
         reserved = len(names) + RESERVED_DESCRIPTORS + PER_PREPARATION * preparations
         with open(os.devnull) as lowest_free:
@@ -895,7 +896,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """
         folder = os.path.dirname(self.path)
         try:
-            check_path_is_free(self.path)
+            check_no_other_file(self.path)
             # Lock first: a server that ends removes the folder that it made before it unlocks.
             self._path_lock = take_lock(get_socket_lock_file(self.path))
             while not os.path.lexists(folder):
@@ -1000,8 +1001,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Acquire a name for a client, and hand its connection over to a thread.
 
-        Make sure of the thread first. Otherwise, if there is none, we would have to take back a
-        name that the client has already read.
+        The thread comes first: if there is none, the client must not have read a name yet.
         """
         try:
             self._reserve_thread()
@@ -1134,7 +1134,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return [name for name, fd in holders if fd >= 0 and not wait_readable(fd, seconds=0)]
 
 
-def check_path_is_free(path: str) -> None:
+def check_no_other_file(path: str) -> None:
     """Raise SocketError if there is anything but a socket at a path."""
     try:
         mode = os.lstat(path).st_mode
@@ -1149,7 +1149,7 @@ def remove_dead_socket(path: str) -> None:
 
     The caller has the lock of the path.
     """
-    check_path_is_free(path)
+    check_no_other_file(path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # a full backlog is an answer too: somebody listens
         try:
@@ -1379,7 +1379,7 @@ def receive(connection: socket.socket, path: str, problem: str) -> Lease:
 
     Raises ServerError or PoolBroken; or AcquireTimeout with ``problem`` if there is no answer. The
     caller got that text from the server over a second connection. The server accepts connections in
-    order, so it has handled ours before: no answer means no free name, even with a timeout of 0.
+    order, so it handled ours before that one: no answer means no free name, even at a timeout of 0.
     """
     connection.setblocking(False)
     flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -1427,7 +1427,8 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
         while wait_readable(connection, seconds=max(deadline - time.monotonic(), 0)):
             piece = connection.recv(65536)
             answer += piece
-            # Stop at what is not JSON: an older server answers with a name, and gets it back so.
+            # Stop at what is not JSON. A server that knows no observers has leased us a name, which
+            # it gets back when we close.
             if not piece or not answer.startswith(b"{"):
                 break
         document: dict[str, Any] = json.loads(answer)
@@ -1437,7 +1438,7 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
 
 
 def explain_wait(path: str, since: float, what: str) -> str:
-    """Say who holds what we have waited for since a time of the monotonic clock."""
+    """Explain why we still wait: who holds which name. ``since`` is a time.monotonic()."""
     waited = time.monotonic() - since
     text = f"{what}: {waited:.3g} s waited at {path}"
     try:
@@ -1751,11 +1752,11 @@ def die_of_signal(number: int) -> int:
 
 # We mark our databases with this CONNECTION LIMIT, which CREATE DATABASE sets in the same step, and
 # then with a comment for people. We drop only databases with one of these marks.
-OUR_LIMIT = 1_000_000_007
-OUR_COMMENT = "made by pgmanager"
+MARK_LIMIT = 1_000_000_007
+MARK_COMMENT = "made by pgmanager"
 
-IS_OURS = f"""(datconnlimit = {OUR_LIMIT}
-    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{OUR_COMMENT}%')"""
+HAS_OUR_MARK = f"""(datconnlimit = {MARK_LIMIT}
+    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{MARK_COMMENT}%')"""
 
 BEGIN_SCRIPT = f"""
 SET client_encoding = UTF8;
@@ -1763,7 +1764,7 @@ SET client_min_messages = warning;
 SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',
     format('database "%s" was not made by pgmanager', datname),
     'pgmanager drops only what it made; drop it yourself, or choose another prefix'))
-FROM pg_database WHERE datname = :'name' AND NOT {IS_OURS} \\gexec
+FROM pg_database WHERE datname = :'name' AND NOT {HAS_OUR_MARK} \\gexec
 """
 
 DROP_SCRIPT = f"""{BEGIN_SCRIPT}
@@ -1773,8 +1774,8 @@ DROP DATABASE IF EXISTS :"name" WITH (FORCE);
 """
 
 CREATE_SCRIPT = f"""{DROP_SCRIPT}
-CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {OUR_LIMIT};
-COMMENT ON DATABASE :"name" IS '{OUR_COMMENT}, which drops it without asking';
+CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {MARK_LIMIT};
+COMMENT ON DATABASE :"name" IS '{MARK_COMMENT}, which drops it without asking';
 """
 
 # CREATE DATABASE does not copy the settings of ALTER DATABASE ... SET, so the script does. One that
@@ -1805,8 +1806,8 @@ WHERE datname = :'template' \\gexec
 # It is marked once more, because init may have dropped it and made it again.
 FINISH_SCRIPT = f"""
 SET client_encoding = UTF8;
-ALTER DATABASE :"name" CONNECTION LIMIT {OUR_LIMIT};
-COMMENT ON DATABASE :"name" IS '{OUR_COMMENT}, which drops it without asking';
+ALTER DATABASE :"name" CONNECTION LIMIT {MARK_LIMIT};
+COMMENT ON DATABASE :"name" IS '{MARK_COMMENT}, which drops it without asking';
 ALTER DATABASE :"name" ALLOW_CONNECTIONS false;
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = :'name' AND backend_type = 'client backend' \\g /dev/null
@@ -1819,7 +1820,7 @@ LIST_SCRIPT = f"""
 SET client_encoding = UTF8;
 SELECT current_user;
 SELECT datname, datistemplate AND NOT datallowconn FROM pg_database
-WHERE starts_with(datname, :'prefix') AND {IS_OURS} AND pg_has_role(datdba, 'USAGE');
+WHERE starts_with(datname, :'prefix') AND {HAS_OUR_MARK} AND pg_has_role(datdba, 'USAGE');
 """
 
 COUNT_TABLES_SCRIPT = """
@@ -1894,14 +1895,17 @@ def temporary_files(script: str) -> Iterator[tuple[Any, Any, Any]]:
         yield given, output, errors
 
 
-def read_end(file: Any) -> str:
+def read_tail(file: Any) -> str:
     """Return what a command has written to a file, at most the last 100,000 bytes."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
     return os.fsdecode(file.read())
 
 
 def find_error(output: str) -> str:
-    """Return the first error in an output, with PostgreSQL's hint; or else the last line."""
+    """Return the first error in an output, with PostgreSQL's hint.
+
+    If PostgreSQL speaks another language than English, that is psql's first line; else the last.
+    """
     lines = output.splitlines() or ["no output"]
     for number, line in enumerate(lines):
         if re.search(r"(?i)\b(error|fatal)\b", line):
@@ -1911,7 +1915,7 @@ def find_error(output: str) -> str:
                 reason += "; pgmanager connects to the database postgres to create others: GRANT"
                 reason += " CONNECT ON DATABASE postgres TO this role"
             return reason
-    return lines[-1]
+    return next((line for line in lines if line.startswith("psql:")), lines[-1])
 
 
 def quote_identifier(name: str) -> str:
@@ -1921,7 +1925,7 @@ def quote_identifier(name: str) -> str:
 class Postgres:
     """The PostgreSQL server that the caller's environment leads to."""
 
-    is_ours = False
+    is_throw_away = False
     env: Mapping[str, str] = os.environ  # for programs that use the server
     options: Sequence[str] = ()  # that we start it with
     strategy = ""  # of CREATE DATABASE
@@ -1974,17 +1978,18 @@ class Preparer:
         if self._is_stopped:
             return "the server ends"
         if status == 0:
-            if self._is_copy and "ERROR:" in output:
-                skipped = re.findall(r"(?m)^STATEMENT:  ALTER .*? SET (\S+) TO ", output)
+            # psql shows each statement that failed after a word such as "STATEMENT:".
+            skipped = re.findall(r"(?m)^\w+:  ALTER .*? SET (\S+) TO ", output)
+            if self._is_copy and skipped:
                 problem = f"the template's settings {', '.join(sorted({*skipped}))} are not copied"
                 say_once(f"{problem}: {find_error(output)}")
             return None
         reason = f"cannot prepare {name}: exit status {status}: {find_error(output)}"
         if "was not made by pgmanager" in output:
-            advice = "to delete all of them: pgmanager wrap-each -x -- dropdb --if-exists"
-            say_once(
-                f"databases of this pool were not made by pgmanager, so it keeps them; {advice}"
-            )
+            problem = "databases with names of this pool were not made by pgmanager: it keeps them"
+            advice = "choose another --prefix, or delete all databases that have these names"
+            command = "pgmanager wrap-each --prefix PREFIX --count N -x -- dropdb --if-exists"
+            say_once(f"{problem}; {advice}: {command}")
         else:
             more = f"\n{output[-2000:]}" if "\n" in output else ""
             say_once(f"{reason}; it is tried again later{more}")
@@ -2019,7 +2024,7 @@ class Preparer:
             with self._lock:
                 self._running.discard(process)
                 self._lock.notify()
-            return status, read_end(output).strip()
+            return status, read_tail(output).strip()
 
     def stop(self) -> None:
         """End what runs, with all its children; nothing is prepared any more."""
@@ -2050,8 +2055,7 @@ class InitSource:
             raise UsageError(f"bad init: no such file: {text}", "correct the path")
         self.is_kept = bool(depends)
         if self.is_file:
-            reads_files = check_sql_file(text)
-            self.is_kept = self.is_kept or not reads_files
+            self.is_kept = not reads_other_files(text) or self.is_kept
         self.sources: list[str] = []
         self.hash = self.compute_hash()
 
@@ -2092,7 +2096,7 @@ def make_unique_name(prefix: str) -> str:
     return f"{prefix}template_once_{os.urandom(4).hex()}"
 
 
-def check_sql_file(path: str) -> bool:
+def reads_other_files(path: str) -> bool:
     """Tell whether an SQL file may read other files.
 
     Raises UsageError if it connects to a database, or makes, drops or alters one.
@@ -2185,7 +2189,7 @@ class Templates:
             lock = take_lock(self._path(name))
         except BlockingIOError:
             if rebuild and self._is_finished(name):
-                advice = "end the server that uses it first"
+                advice = "end the other pgmanager that uses it first"
                 raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
             say_once(f"waiting for {self._describe_user(name)}")
             close_lock(self._wait_for_shared_lock(name))
@@ -2309,8 +2313,8 @@ class Templates:
                 status = self._signals.run(command, **options)
                 self._signals.check()
             if status:
-                raise PostgresError(find_error(read_end(errors)))
-            return [line.split("\x1f") for line in read_end(output).split("\n") if line]
+                raise PostgresError(find_error(read_tail(errors)))
+            return [line.split("\x1f") for line in read_tail(output).split("\n") if line]
 
     def create_empty(self, names: Iterable[str]) -> None:
         """Create empty databases on a server of our own, which has no others."""
@@ -2378,7 +2382,7 @@ rm -rf "$folder"
 class ThrowAwayPostgres(Postgres):
     """A server of our own, which is removed at the end with all that is in it."""
 
-    is_ours = True
+    is_throw_away = True
 
     def __init__(self, options: Sequence[str], signals: Signals) -> None:
         import pwd
@@ -2410,7 +2414,7 @@ class ThrowAwayPostgres(Postgres):
         for name in os.listdir(self._base):
             if name.startswith(FOLDER):
                 self._remove(f"{self._base}/{name}")
-        empty, kept = self._prepare_kept(key)
+        empty, kept = self._find_kept(key)
         try:
             self._run(stack, empty, kept)
         except PostgresError as error:
@@ -2420,7 +2424,7 @@ class ThrowAwayPostgres(Postgres):
                     os.remove(kept if os.path.exists(kept) else empty)
             raise
         with open(f"{self.folder}/data/PG_VERSION") as file:
-            # This takes half the time, with durability off. PostgreSQL knows it from 15 on.
+            # Without durability, file_copy takes half the time. PostgreSQL has it from 15 on.
             self.strategy = "STRATEGY file_copy" if float(file.read()) >= 15 else ""
         self.env["PATH"] = f"{self.env.get('PATH', os.defpath)}:{self._programs}"
         self.env.update(PGHOST=self.folder, PGPORT=PORT, PGUSER="postgres")
@@ -2434,7 +2438,7 @@ class ThrowAwayPostgres(Postgres):
     def get_locks_folder(self) -> str:
         return f"{self.folder}/locks"
 
-    def _prepare_kept(self, key: str) -> tuple[str, str]:
+    def _find_kept(self, key: str) -> tuple[str, str]:
         """Return the files that save an empty cluster and that of a key; remove old files.
 
         They are "" if there is no place to save data. Other programs or another initdb command have
@@ -2635,7 +2639,7 @@ class Plan:
             postgres.start(stack)
         else:
             postgres.start(stack)
-            if not kind and postgres.is_ours:
+            if not kind and postgres.is_throw_away:
                 templates.create_empty(names)
         return Preparer(kind, self.template or self.value, postgres) if kind else None
 
@@ -2778,12 +2782,12 @@ def run_wrap(args: argparse.Namespace) -> int:
     return returncode
 
 
-def look_at_socket(path: str) -> dict[str, Any] | None:
+def get_status_of(path: str) -> dict[str, Any] | None:
     """Return the status of the server at a path, None if a server can be started there.
 
     Raises SocketError if there is anything else.
     """
-    check_path_is_free(path)
+    check_no_other_file(path)
     for _ in range(3):  # a server that is just ending gives no status; then look again
         try:
             status = observe(path, seconds=2)
@@ -2805,7 +2809,7 @@ def should_join_pool(path: str, args: argparse.Namespace) -> bool:
 
     Says in one line which options are not used for that reason.
     """
-    status = look_at_socket(path)
+    status = get_status_of(path)
     if status is None:
         return False
     if status["command"] != "serve" and not is_outer_wrap(path):
@@ -2845,7 +2849,7 @@ def serve_for_wrap(
     preparer = plan.start(names, postgres, signals, stack)
     locks = postgres.get_locks_folder()
     private = (f"{get_private_folder()}/wrap-{number}.sock" for number in itertools.count(1))
-    is_private = postgres.is_ours and args.socket is None
+    is_private = postgres.is_throw_away and args.socket is None
     for each in private if is_private else itertools.chain((path,), private):
         try:
             server = stack.enter_context(serve_pool("wrap", names, preparer, each, locks))
