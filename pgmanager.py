@@ -677,7 +677,6 @@ class Pool:
                 self._locks.close_copy(lock)
                 self._set_state(database, FREE)
                 self._free.append(database)
-            self._serve_waiters()
             return True
 
     def mark_prepared(self, name: str) -> None:
@@ -779,7 +778,6 @@ class Pool:
 
 
 # ------------------------------------------------------------------------------------ Server
-
 #
 # The way of one client. socketserver's loop calls the methods of Server in this order:
 #
@@ -787,10 +785,13 @@ class Pool:
 #   process_request()   makes sure of a thread, and calls Pool.acquire(): a free name is granted at
 #                       once by _send_grant(), else the client becomes a waiter
 #   Handler.handle()    reads in the client's thread until the end of file
+#                       (the inherited process_request_thread() calls this and the next one)
 #   close_request()     calls Pool.release(), which grants the name to the next waiter
 #
-# If databases are prepared, release() puts the name into a queue instead. A worker thread takes it
-# from there, and Preparer.prepare() makes the database ready. Then Pool.offer() grants the name.
+# A name that cannot be granted at once goes to a worker thread, through a queue: because another
+# process has its lock, or because its database must be prepared. The worker waits for the lock and
+# calls Pool.offer(). If the database must be prepared, the worker does so, unlocks the name, so that
+# what the command has left behind loses the lock, locks it again and offers it again.
 
 OBSERVER = "pgmanager-observer"  # the first part of the file name that an observer binds to
 MAX_IDLE_THREADS = 48  # threads that wait for a client; more of them end
