@@ -788,10 +788,10 @@ class Pool:
 #                       (the inherited process_request_thread() calls this and the next one)
 #   close_request()     calls Pool.release(), which grants the name to the next waiter
 #
-# A name that cannot be granted at once goes to a worker thread, through a queue: because another
-# process has its lock, or because its database must be prepared. The worker waits for the lock and
-# calls Pool.offer(). If the database must be prepared, the worker does so, unlocks the name, so that
-# what the command has left behind loses the lock, locks it again and offers it again.
+# A name that cannot be granted at once goes through a queue to a worker thread: another process has
+# its lock, or its database must be prepared. The worker waits for the lock and calls Pool.offer().
+# If the database must be prepared, the worker prepares it and unlocks the name, so that a process
+# that the command has left behind loses the lock. Then it locks the name and offers it again.
 
 OBSERVER = "pgmanager-observer"  # the first part of the file name that an observer binds to
 MAX_IDLE_THREADS = 48  # threads that wait for a client; more of them end
