@@ -1824,10 +1824,10 @@ SELECT datname, datistemplate AND NOT datallowconn FROM pg_database
 WHERE starts_with(datname, :'prefix') AND {HAS_OUR_MARK} AND pg_has_role(datdba, 'USAGE');
 """
 
-COUNT_TABLES_SCRIPT = """
-SELECT count(*) FROM pg_class JOIN pg_namespace ON relnamespace = pg_namespace.oid
-WHERE relkind IN ('r', 'p', 'm', 'v', 'f')
-    AND nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast');
+# What was made after initdb has such numbers (FirstNormalObjectId in PostgreSQL's transam.h).
+COUNT_SCRIPT = """
+SELECT count(*) FROM (SELECT oid FROM pg_class UNION ALL SELECT oid FROM pg_namespace
+    UNION ALL SELECT oid FROM pg_extension) AS objects WHERE oid >= 16384;
 """
 
 
@@ -2229,7 +2229,7 @@ class Templates:
             if source.is_kept and source.compute_hash() != source.hash:
                 final = make_unique_name(self.prefix)
                 say("a file of --init or --depends was changed meanwhile: the template is not kept")
-            if self._run_script(COUNT_TABLES_SCRIPT, database=name) == [["0"]]:
+            if self._run_script(COUNT_SCRIPT, database=name) == [["0"]]:
                 say("warning: --init made no table; check that it commits, and uses PGDATABASE")
             self._run_script(FINISH_SCRIPT, name=name, final=final)
         except BaseException:
