@@ -366,7 +366,14 @@ def say(text: str) -> None:
             os.write(2, f"pgmanager: {text}".encode(errors="surrogateescape")[:4095] + b"\n")
 
 
-say_once = functools.cache(say)  # the same text is printed once
+said: dict[str, object] = {}
+
+
+def say_once(text: str) -> None:
+    """Print a line, unless it was printed before, by any thread."""
+    ours = object()
+    if said.setdefault(text, ours) is ours:  # setdefault() looks and stores in one step
+        say(text)
 
 
 # ------------------------------------------------------------------------------------- Locks
