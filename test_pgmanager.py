@@ -2171,10 +2171,11 @@ def test_a_template_whose_init_did_not_finish_is_made_again(
         ),
         ("true", "", True, "warning: --init made no table"),
         ("psql -qXc 'BEGIN; CREATE TABLE a()'", "", True, "warning: --init made no table"),
+        ("psql -qXc 'CREATE SCHEMA a'", "", True, ""),
         (f'dropdb "$PGDATABASE"; createdb "$PGDATABASE"; {CREATE}', "made\n", True, ""),
     ],
 )
-def test_wrap_warns_if_init_makes_no_table_or_changes_its_own_files(
+def test_wrap_warns_if_init_makes_nothing_or_changes_its_own_files(
     cluster: Cluster, init: str, tables: str, is_kept: bool, warning: str
 ) -> None:
     done = run("wrap", *KEPT, init, "--", *query_lease(TABLES))
