@@ -370,7 +370,7 @@ said: dict[str, object] = {}
 
 
 def say_once(text: str) -> None:
-    """Print a line, unless it was printed before, by any thread."""
+    """Print a line if no thread has printed it before."""
     ours = object()
     if said.setdefault(text, ours) is ours:  # setdefault() looks and stores in one step
         say(text)
@@ -577,7 +577,7 @@ class Database:
         self.reason: str | None = None  # BROKEN: the error. ELSEWHERE: the path of the lock file
         self.holder: Client | None = None
         self.lock = NO_LOCK  # ours, while it is leased
-        self.is_prepared = False  # since the last lease; then offer() does not ask for it again
+        self.is_prepared = False  # since the last lease, so offer() does not ask for it again
         self.failures = 0  # failed preparations since the last success
 
 
@@ -668,7 +668,7 @@ class Pool:
     def offer(self, name: str, lock: int, has_our_token: bool) -> bool:
         """Grant a name that a worker thread has locked, or make it free; then return True.
 
-        Return False if the database must be prepared first. The lock stays the caller's only then.
+        Return False if the database must be prepared first. Then the caller still owns the lock.
         """
         with self._lock:
             database = self._databases[name]
@@ -1009,7 +1009,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Acquire a name for a client, and hand its connection over to a thread.
 
-        The thread comes first: if there is none, the client must not have read a name yet.
+        The thread comes first, because a name that the client has read cannot be taken back.
         """
         try:
             self._reserve_thread()
@@ -2201,14 +2201,15 @@ class Templates:
                 raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
             say_once(f"waiting for {self._describe_user(name)}")
             close_lock(self._wait_for_shared_lock(name))
-            self._signals.sleep(0.1)  # if it is in use, somebody has dropped it meanwhile
+            # Pause before the next try: somebody may have dropped a template that is still in use.
+            self._signals.sleep(0.1)
             return None
         try:
             # Another run may have made it before we had the lock.
             is_needed = rebuild or not self._is_finished(name)
             return self._make(name, source, lock) if is_needed else None
         finally:
-            unlock(lock)  # for processes too that init has left in the background
+            unlock(lock)  # a process that init has left in the background may have a copy
 
     def _path(self, name: str) -> str:
         return os.path.join(self._postgres.get_locks_folder(), make_file_name(name))
@@ -2641,11 +2642,10 @@ class Plan:
         kind, templates = self.kind, Templates(names[0][:-1], postgres, signals)
         if kind == "init":
             kind, self.template = "template", self._make_template(templates, postgres, stack)
-        elif kind == "template":
-            check_template(self.value, names)
-            self.template = self.value
-            postgres.start(stack)
         else:
+            if kind == "template":
+                check_template(self.value, names)
+                self.template = self.value
             postgres.start(stack)
             if not kind and postgres.is_throw_away:
                 templates.create_empty(names)
