@@ -58,7 +58,6 @@ import errno
 import fcntl
 import functools
 import glob
-import itertools
 import os
 import queue
 import re
@@ -79,7 +78,7 @@ if TYPE_CHECKING:
     import subprocess
     from typing import Any
 
-__all__ = ["Lease", "acquire", "acquire_async", "env_for", "serving"]
+__all__ = ["Lease", "acquire", "acquire_async", "env_for"]
 __all__ += ["AcquireTimeout", "Error", "LockError", "PoolBroken", "PostgresError"]
 __all__ += ["ServerError", "SocketError", "UsageError"]
 __version__ = "0.3.0"
@@ -143,22 +142,23 @@ class CommandError(Error):
     def __init__(self, program: str, error: OSError) -> None:
         import shutil
 
+        number, reason = error.errno, error.strerror
         # EACCES may only mean that a folder on PATH cannot be read. Search again to be sure.
-        exists = "/" in program or shutil.which(program, os.F_OK)
-        self.exit_status = 126
-        if error.errno == errno.ENOENT or (error.errno == errno.EACCES and not exists):
-            self.exit_status, reason = 127, "not found; check its spelling, PATH and its #! line"
+        if number == errno.EACCES and "/" not in program and not shutil.which(program, os.F_OK):
+            number = errno.ENOENT
+        self.exit_status, advice = 126, "correct it"
+        if number == errno.ENOENT:
+            self.exit_status, reason = 127, "not found"
+            advice = "check its spelling, PATH and its #! line"
             if " " in program:
-                reason = "not found; if it is a line for the shell, put sh -c before it"
-        elif error.errno == errno.ENOEXEC:
-            reason = "not a program; begin the script with a line #!/bin/sh"
-        elif error.errno == errno.EACCES:
-            reason = f"{error.strerror}; make it executable"
-        elif error.errno in SCARCITY:
-            self.exit_status, reason = Error.exit_status, f"{error.strerror}; try with less load"
-        else:
-            reason = f"{error.strerror}; correct it"
-        super().__init__(f"cannot run: {program!r}: {reason}")
+                advice = "if it is a line for the shell, put sh -c before it"
+        elif number == errno.ENOEXEC:
+            reason, advice = "not a program", "begin the script with a line #!/bin/sh"
+        elif number == errno.EACCES:
+            advice = "make it executable"
+        elif number in SCARCITY:
+            self.exit_status, advice = Error.exit_status, "try with less load"
+        super().__init__(f"cannot run: {program!r}: {reason}", advice)
 
 
 class Interrupted(Exception):
@@ -203,18 +203,28 @@ def get_socket_path(given: str | None = None) -> str:
     return path
 
 
-def get_names(prefix: str | None = None, count: str | None = None) -> list[str]:
+def get_prefix(given: str | None = None, default: str = "") -> str:
+    """Return the prefix of the databases' names, "" if there is none; or raise UsageError."""
+    prefix, source = get_setting(given, "PGM_DATABASE_PREFIX")
+    prefix = default if prefix is None else prefix
+    if prefix and min(prefix) < " ":
+        raise UsageError(f"bad prefix: {prefix!r}{source}; leave out control characters")
+    return prefix
+
+
+def get_count(given: str | None = None) -> int:
+    """Return the size of the pool, or raise UsageError."""
+    text, source = get_setting(given, "PGM_DATABASE_COUNT")
+    return parse_number(DEFAULT_COUNT if text is None else text, "count", source)
+
+
+def make_names(prefix: str, count: int) -> list[str]:
     """Return the names of the pool's databases, or raise UsageError."""
-    text, source = get_setting(count, "PGM_DATABASE_COUNT")
-    number = parse_number(DEFAULT_COUNT if text is None else text, "count", source)
-    prefix, source = get_setting(prefix, "PGM_DATABASE_PREFIX")
     if not prefix:
         advice = "give --prefix or set PGM_DATABASE_PREFIX, for example to app_test_"
         raise UsageError("no prefix for the names of the databases", advice)
-    if min(prefix) < " ":
-        raise UsageError(f"bad prefix: {prefix!r}{source}; leave out control characters")
-    check_name_length(f"{prefix}{number - 1}", "choose a shorter prefix")
-    return [f"{prefix}{shard}" for shard in range(number)]
+    check_name_length(f"{prefix}{count - 1}", "choose a shorter prefix")
+    return [f"{prefix}{shard}" for shard in range(count)]
 
 
 def check_name_length(name: str, advice: str) -> None:
@@ -367,13 +377,105 @@ def say(text: str) -> None:
 
 
 said: dict[str, object] = {}
+MAX_SAID = 200  # lines: an error's text can be a new one each time
 
 
 def say_once(text: str) -> None:
     """Print a line if no thread has printed it before."""
     ours = object()
-    if said.setdefault(text, ours) is ours:  # setdefault() looks and stores in one step
+    # setdefault() looks and stores in one step.
+    if len(said) < MAX_SAID and said.setdefault(text, ours) is ours:
         say(text)
+
+
+def count_processors() -> int:
+    """Return how many databases to prepare at once: a processor each, and at most eight.
+
+    os.cpu_count() would count the host's processors, of which a container may have only a few.
+    """
+    try:
+        return min(len(os.sched_getaffinity(0)), 8)
+    except AttributeError:  # macOS
+        return min(os.cpu_count() or 1, 8)
+
+
+PREPARATIONS = ("init", "template", "prepare")  # what makes a database ready for each lease
+OWN_SETTINGS = "port|listen.addresses|unix.socket.directories|data.directory|hba.file"
+
+
+class PoolOptions:
+    """What the command line and the environment say about a pool.
+
+    Raises UsageError for bad values. A prefix may be missing: a pool that runs already has its own.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.is_ephemeral: bool = getattr(args, "ephemeral", False)
+        self.is_verbose: bool = args.verbose
+        self.path, self.is_path_given = get_socket_path(args.socket), args.socket is not None
+        self.prefix = get_prefix(args.prefix, "test_" if self.is_ephemeral else "")
+        self.count = get_count(args.count)
+        if self.prefix:
+            make_names(self.prefix, self.count)
+        self.kind, self.values = choose_preparation(args)
+        self.depends: list[str] = args.depends or []
+        self.is_rebuild: bool = args.rebuild
+        for option, is_given in (("--depends", self.depends), ("--rebuild", args.rebuild)):
+            if is_given and self.kind != "init":
+                raise UsageError(f"{option} without --init", "give both")
+        if not self.depends:
+            self.depends = list(filter(None, os.environ.get("PGM_DEPENDS", "").split(":")))
+        for option in ("server_options", "locale", "tcp"):
+            if getattr(args, option, None) and not self.is_ephemeral:
+                raise UsageError(f"--{option.replace('_', '-')} without --ephemeral", "give both")
+        self.server_options = get_server_options(getattr(args, "server_options", None))
+        self.locale = get_setting(getattr(args, "locale", None), "PGM_LOCALE")[0] or "C"
+        self.has_tcp = getattr(args, "tcp", False) or os.environ.get("PGM_TCP", "") not in ("", "0")
+        # What was given for a pool of our own, if we use another's.
+        options = ("prefix", "count", "depends", "rebuild", *PREPARATIONS)
+        self.given = [f"--{option}" for option in options if getattr(args, option)]
+
+
+def choose_preparation(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return which of init, template and prepare is used, and its values; or ("", []).
+
+    If one is on the command line, the variables PGM_INIT, PGM_TEMPLATE and PGM_PREPARE are ignored.
+    """
+    found: dict[str, tuple[list[str], str]] = {}
+    for kind in PREPARATIONS:
+        if (given := getattr(args, kind)) is not None:
+            found[kind] = ([given] if isinstance(given, str) else given), ""
+    if not found:
+        for kind in PREPARATIONS:
+            value, source = get_setting(None, f"PGM_{kind.upper()}")
+            if value is not None:
+                found[kind] = [value], source
+    if len(found) > 1:
+        raise UsageError(f"both {' and '.join(found)}: each makes a database ready", "give one")
+    for kind, (values, source) in found.items():
+        for value in values:
+            if not value.strip() or "\0" in value:
+                advice = "give a database, a file or a command"
+                raise UsageError(f"bad {kind}: {value!r}{source}", advice)
+        return kind, values
+    return "", []
+
+
+def get_server_options(given: str | None = None) -> list[str]:
+    """Return the options for the throw-away server as words, or raise UsageError."""
+    import shlex
+
+    text, source = get_setting(given, "PGM_SERVER_OPTIONS")
+    try:
+        words = shlex.split(text or "")
+    except ValueError as error:
+        raise UsageError(
+            f"bad server options: {error}{source}", "write them as for a shell"
+        ) from None
+    if re.search(rf"(?m)^(-[pihkD]|(-c\n?|--)(?i:{OWN_SETTINGS})=)", "\n".join(words)):
+        problem = f"bad server options: {text!r}{source}"
+        raise UsageError(problem, "leave out where the server is: pgmanager chooses that")
+    return words
 
 
 # ------------------------------------------------------------------------------------- Locks
@@ -387,48 +489,22 @@ def say_once(text: str) -> None:
 NO_LOCK = -1  # in place of a descriptor
 SOCKET_LOCKS = "sockets"  # the folder of the lock files for the paths of sockets
 
-# The open descriptors of servers in this process. A forked child closes its copies. fork_lock makes
-# "open and record" one step and is held during fork(), so a child knows them all. Nothing that
-# blocks runs under it.
-fork_lock = threading.Lock()
-open_locks: set[int] = set()
-open_sockets: set[socket.socket] = set()
 
-
-@functools.cache  # once: such hooks cannot be removed
-def install_fork_hooks() -> None:
-    os.register_at_fork(
-        before=fork_lock.acquire,
-        after_in_parent=fork_lock.release,
-        after_in_child=close_copies_in_child,
-    )
-
-
-def close_copies_in_child() -> None:
-    """Close the servers' descriptors in a forked child, or it would keep leases and sockets."""
-    try:
-        for lock in open_locks:
-            os.close(lock)
-        for connection in open_sockets:
-            connection.close()
-    finally:
-        open_locks.clear()
-        open_sockets.clear()
-        fork_lock.release()
-
-
-def get_private_folder(uid: int | None = None) -> str:
-    """Return pgmanager's private folder of a user, made if it is missing.
+def make_private_folder(uid: int | None = None) -> str:
+    """Make pgmanager's private folder of a user, if it is missing; return its path.
 
     Raises LockError if it is no folder, has another owner, or is open to others.
     """
     uid = os.geteuid() if uid is None else uid
     folder = f"/tmp/pgmanager-{uid}"
-    if not os.path.isdir("/tmp"):
-        raise LockError("cannot lock: there is no folder /tmp", "make it: all servers meet there")
-    with contextlib.suppress(FileExistsError):
+    try:
         os.mkdir(folder, 0o700)
         os.chown(folder, uid, -1)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        advice = "all servers meet in /tmp: make it a folder that you may write to"
+        raise LockError(f"cannot lock: {folder}: {error.strerror}", advice) from error
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o077:
         raise LockError(f"cannot lock: {folder} is no folder of user {uid} alone", "remove it")
@@ -436,23 +512,26 @@ def get_private_folder(uid: int | None = None) -> str:
 
 
 def make_file_name(name: str) -> str:
-    """Turn a name or a path into the name of a file."""
-    return name.replace("%", "%25").replace("/", "%2F")
+    """Turn a name or a path into the name of a file, which has at most 255 bytes."""
+    file = name.replace("%", "%25").replace("/", "%2F")
+    if len(os.fsencode(file)) <= 255:
+        return file
+    import hashlib
+
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def take_lock(path: str, *, shared: bool = False, wait: bool = False) -> int:
-    """Lock a file, made if missing; return its descriptor, to be closed with close_lock().
+    """Lock a file, made if missing; return its descriptor, for close_lock() or unlock().
 
     Blocks if ``wait`` is true; else raises BlockingIOError if another process has the lock.
     """
     mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
         try:
-            with fork_lock:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                open_locks.add(lock)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:
-            get_private_folder()  # a cleaner may have removed it
+            make_private_folder()  # a cleaner may have removed it
             with contextlib.suppress(FileExistsError):  # another thread or server was faster
                 os.mkdir(os.path.dirname(path), 0o700)
             continue
@@ -470,16 +549,14 @@ def take_lock(path: str, *, shared: bool = False, wait: bool = False) -> int:
 
 
 def close_lock(lock: int) -> None:
-    """Close our copy of a lock. The name stays locked while others have a copy."""
-    with fork_lock:
-        open_locks.discard(lock)
-        os.close(lock)
+    """Close our copy of a lock. The file stays locked while another process has a copy."""
+    os.close(lock)
 
 
 def unlock(lock: int) -> None:
     """Unlock all copies of a lock: a process in the background may still have one."""
     fcntl.flock(lock, fcntl.LOCK_UN)
-    close_lock(lock)
+    os.close(lock)
 
 
 def wait_for_lock(
@@ -514,10 +591,9 @@ class Locks:
     """
 
     def __init__(self, folder: str) -> None:
-        install_fork_hooks()
         self.folder = folder
         self._token = f"{os.getpid()} {os.urandom(8).hex()}".encode()
-        private = get_private_folder()
+        private = make_private_folder()
         os.makedirs(folder, 0o700, exist_ok=True)
         # A shared lock on the private folder keeps systemd-tmpfiles(8) from cleaning up in there.
         self._folder_lock = os.open(private, os.O_RDONLY | os.O_DIRECTORY)
@@ -548,10 +624,10 @@ class Locks:
             close_lock(lock)
             raise
 
-    close_copy = staticmethod(close_lock)
+    close_lock = staticmethod(close_lock)
 
-    def close(self) -> None:
-        """Unlock the folder. Names that are locked stay so."""
+    def unlock_folder(self) -> None:
+        """Let cleaners of /tmp into the folder again. Names that are locked stay so."""
         os.close(self._folder_lock)
 
 
@@ -560,6 +636,7 @@ class Locks:
 # The states of a name.
 FREE = "free"
 LEASED = "leased"
+UNPREPARED = "unprepared"  # never prepared, until it is needed
 PREPARING = "preparing"
 ELSEWHERE = "elsewhere"  # another process has its lock
 BROKEN = "broken"
@@ -575,8 +652,8 @@ class Database:
     def __init__(self, name: str, state: str, since: float) -> None:
         self.name, self.state, self.since = name, state, since
         self.reason: str | None = None  # BROKEN: the error. ELSEWHERE: the path of the lock file
-        self.holder: Client | None = None
-        self.lock = NO_LOCK  # ours, while it is leased
+        self.holder: Client | None = None  # LEASED: who has it
+        self.lock = NO_LOCK  # LEASED: our copy of its lock; release() and close() close it
         self.is_prepared = False  # since the last lease, so offer() does not ask for it again
         self.failures = 0  # failed preparations since the last success
 
@@ -612,7 +689,7 @@ class Pool:
         self._lock = threading.Lock()
         self._locks, self._grant, self._refuse, self._enqueue = locks, grant, refuse, enqueue
         self._prepares, self._spares, self._clock = prepares, spares, clock
-        state = PREPARING if prepares else FREE
+        state = UNPREPARED if prepares else FREE
         self._databases = {name: Database(name, state, clock()) for name in names}
         # Free names in the order of their release, and names that were never prepared.
         self._free = collections.deque(() if prepares else self._databases.values())
@@ -634,7 +711,7 @@ class Pool:
                 if lock == NO_LOCK:
                     self._free.remove(database)
                 else:
-                    self._locks.close_copy(lock)
+                    self._locks.close_lock(lock)
             self._serve_waiters()
 
     def acquire(self, client: Client) -> None:
@@ -651,12 +728,11 @@ class Pool:
                 self._count_wait(self._waiters.pop(client))
             if client in self._holders:
                 database = self._holders.pop(client)
-                self._locks.close_copy(database.lock)
+                self._locks.close_lock(database.lock)
                 if self._prepares:
                     self._begin_preparing(database)
                 else:
-                    self._set_state(database, FREE)
-                    self._free.append(database)
+                    self._make_free(database)
             self._serve_waiters()
 
     def mark_elsewhere(self, name: str) -> None:
@@ -668,22 +744,22 @@ class Pool:
     def offer(self, name: str, lock: int, has_our_token: bool) -> bool:
         """Grant a name that a worker thread has locked, or make it free; then return True.
 
-        Return False if the database must be prepared first. Then the caller still owns the lock.
+        The pool then owns the lock: it keeps it for the lease, or closes it. Return False if the
+        database must be prepared first. Then the caller still owns the lock.
         """
         with self._lock:
             database = self._databases[name]
             is_ready = (has_our_token and database.is_prepared) or not self._prepares
             if self._is_closed:
-                self._locks.close_copy(lock)
+                self._locks.close_lock(lock)
             elif not is_ready:
                 self._set_state(database, PREPARING)
                 return False
             elif self._waiters:
                 self._lease(database, lock)
             else:
-                self._locks.close_copy(lock)
-                self._set_state(database, FREE)
-                self._free.append(database)
+                self._locks.close_lock(lock)
+                self._make_free(database)
             return True
 
     def mark_prepared(self, name: str) -> None:
@@ -710,7 +786,7 @@ class Pool:
             self._serve_waiters()
             for client, database in self._holders.items():
                 self._refuse(client, None)
-                self._locks.close_copy(database.lock)
+                self._locks.close_lock(database.lock)
             self._holders.clear()
 
     def snapshot(self) -> tuple[list[dict[str, Any]], list[tuple[Client, float]], dict[str, float]]:
@@ -735,7 +811,7 @@ class Pool:
             if has_our_token or not self._prepares:
                 self._lease(database, lock)
             else:  # another server has used it: prepare it again
-                self._locks.close_copy(lock)
+                self._locks.close_lock(lock)
                 self._begin_preparing(database)
         while self._unprepared and self._count_coming() < len(self._waiters) + self._spares:
             self._begin_preparing(self._unprepared.popleft())
@@ -758,10 +834,13 @@ class Pool:
         self._set_state(database, PREPARING)
         self._enqueue(database.name)
 
+    def _make_free(self, database: Database) -> None:
+        self._set_state(database, FREE)
+        self._free.append(database)
+
     def _count_coming(self) -> int:
         """Count the names that are free or being prepared."""
-        preparing = sum(each.state == PREPARING for each in self._databases.values())
-        return len(self._free) + preparing - len(self._unprepared)
+        return sum(each.state in (FREE, PREPARING) for each in self._databases.values())
 
     def _lease(self, database: Database, lock: int) -> None:
         client, since = self._waiters.popitem(last=False)
@@ -779,9 +858,10 @@ class Pool:
         self._totals["wait_seconds_max"] = max(self._totals["wait_seconds_max"], waited)
 
     def _set_state(self, database: Database, state: str) -> None:
+        """Change a name's state, and forget what was true only in the state before."""
         database.state, database.since = state, self._clock()
         database.reason = self._locks.path(database.name) if state == ELSEWHERE else None
-        database.holder, database.is_prepared = None, False
+        database.holder, database.lock, database.is_prepared = None, NO_LOCK, False
 
 
 # ------------------------------------------------------------------------------------ Server
@@ -803,7 +883,7 @@ class Pool:
 OBSERVER = "pgmanager-observer"  # the first part of the file name that an observer binds to
 MAX_IDLE_THREADS = 48  # threads that wait for a client; more of them end
 RESERVED_DESCRIPTORS = 24  # for everything but locks, clients and preparations
-PER_PREPARATION = 5  # descriptors: its output, its input, and pipes to start the command
+PER_PREPARATION = 7  # descriptors: both ends of two pipes, its errors, and a pipe to start it
 
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may need its own handling of SIGPIPE
 AT_ONCE = int(socket.MSG_DONTWAIT | NO_SIGNAL)  # flags to send without waiting
@@ -824,8 +904,10 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Read until the client ends, or send the status to an observer."""
         if is_observer(self.client_address):
+            import json
+
             self.request.settimeout(10)  # seconds, for an observer that does not read
-            document = self.server.to_json(self.server.status())
+            document = json.dumps(self.server.status())
             with contextlib.suppress(OSError):
                 self.request.sendall(document.encode(), NO_SIGNAL)
             return
@@ -850,20 +932,31 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def __init__(
         self,
+        command: str,
         path: str,
+        listener: socket.socket,  # of bind_socket(); closed by server_close()
         names: Sequence[str],
         locks: Locks,
         prepare: Callable[[str, int], str | None] | None = None,  # returns why it failed
-        command: str = "serving",
     ) -> None:
-        import json  # now: when an observer asks, there may be no descriptor left to import it
+        import json  # noqa: F401 - now: for an observer there may be no descriptor left to read it
 
-        self.path, self.names, self.command, self.to_json = path, names, command, json.dumps
-        self._locks, self._prepare, self._pid = locks, prepare, os.getpid()
-        processors = os.cpu_count() or 1
+        self.path, self.names, self.command = path, names, command
+        self._locks, self._prepare = locks, prepare
         self._todo: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # for the workers
         send = (self._send_grant, self._send_refusal)
+        processors = count_processors()
         self.pool = Pool(names, locks, *send, self._todo.put, prepare is not None, processors)
+        # Guards the three below.
+        self._state_lock = threading.Lock()
+        self._idle_threads = 0
+        self._is_closed = False
+        self._is_serving = False
+        self._ending = threading.Event()
+        self._connections: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
+        super().__init__(path, Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
         # How many connections may be open at once. Later clients wait in the listen backlog.
         preparations = min(len(names), processors) if prepare else 0
         reserved = len(names) + RESERVED_DESCRIPTORS + PER_PREPARATION * preparations
@@ -874,55 +967,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
             advice = "lower --count, or raise the limit (ulimit -n)"
             raise UsageError(f"too few descriptors for {len(names)} names", advice)
         self._free_slots = threading.Semaphore(max_clients)
-        # Guards the four below.
-        self._state_lock = threading.Lock()
-        self._idle_threads = 0
-        self._is_closed = False
-        self._is_serving = False
-        self._ending = threading.Event()
-        self._connections: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
-        self._path_lock = NO_LOCK
-        self._has_path = False
-        self._made_folders: list[str] = []  # for the socket, the innermost first
-        with fork_lock:
-            super().__init__(path, Handler, bind_and_activate=False)
-            open_sockets.add(self.socket)
-        self.socket.setblocking(False)  # accept() runs under fork_lock
         try:
-            self.server_bind()
             self.server_activate()
         except BaseException:
             self.server_close()
             raise
-
-    # The socket's life.
-
-    def server_bind(self) -> None:
-        """Bind the socket, in place of a dead one. Raises SocketError if the path is in use.
-
-        Whoever has the lock of the path may replace a dead socket there.
-        """
-        folder = os.path.dirname(self.path)
-        try:
-            check_no_other_file(self.path)
-            # Lock first: a server that ends removes the folder that it made before it unlocks.
-            self._path_lock = take_lock(get_socket_lock_file(self.path))
-            while not os.path.lexists(folder):
-                self._made_folders.append(folder)
-                folder = os.path.dirname(folder)
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self._has_path = True
-            remove_dead_socket(self.path)
-            # On Linux the socket then has this mode from the first moment; macOS ignores it.
-            with contextlib.suppress(OSError):
-                os.fchmod(self.fileno(), 0o600)
-            super().server_bind()
-            os.chmod(self.path, 0o600)
-        except BlockingIOError:
-            raise SocketInUse(f"socket is in use: {self.path}", "choose another") from None
-        except OSError as error:
-            problem = f"cannot serve: {self.path}: {error.strerror}"
-            raise SocketError(problem, "choose another socket") from error
 
     def server_activate(self) -> None:
         """Listen, start the worker threads and the pool."""
@@ -936,12 +985,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         super().server_activate()
 
     def server_close(self) -> None:
-        """End all leases and remove the socket, after serve_forever() has returned.
-
-        Does nothing in a forked child, where everything belongs to the parent.
-        """
-        if os.getpid() != self._pid:
-            return
+        """End all leases, after serve_forever() has returned."""
         self._ending.set()
         self.pool.close()
         with self._state_lock:
@@ -950,18 +994,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._connections.put(None)
         for _ in self.names:
             self._todo.put(None)
-        with fork_lock:
-            open_sockets.discard(self.socket)
-            super().server_close()
-        if self._has_path:
-            with contextlib.suppress(SocketError, OSError):  # another program now has the path
-                remove_dead_socket(self.path)
-        with contextlib.suppress(OSError):  # not empty: others have put something there
-            for folder in self._made_folders:
-                os.rmdir(folder)
-        if self._path_lock != NO_LOCK:
-            close_lock(self._path_lock)
-            self._path_lock = NO_LOCK
+        super().server_close()
 
     def serve_forever(self, poll_interval: float | None = None if LINUX else 0.5) -> None:
         """Accept clients until shutdown() is called. On Linux nothing is polled."""
@@ -972,9 +1005,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         super().serve_forever(poll_interval)  # type: ignore[arg-type]
 
     def shutdown(self) -> None:
-        """Make serve_forever() return, and wait for that. Does nothing in a forked child."""
-        if os.getpid() != self._pid:
-            return
+        """Make serve_forever() return, and wait for that."""
         with self._state_lock:
             self._ending.set()
             is_serving = self._is_serving
@@ -994,9 +1025,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         try:
             if self._ending.is_set():
                 raise ConnectionAbortedError("the server ends")
-            with fork_lock:
-                connection, address = self.socket.accept()
-                open_sockets.add(connection)
+            connection, address = self.socket.accept()
         except OSError as error:
             self._free_slots.release()
             if error.errno in SCARCITY and not isinstance(error, BlockingIOError):
@@ -1042,9 +1071,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def close_request(self, request: Any) -> None:
         """Release the client's name or its place in the queue, and close the connection."""
         self.pool.release(request)
-        with fork_lock:
-            open_sockets.discard(request)
-            request.close()
+        request.close()
         self._free_slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1058,13 +1085,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
         answer = [os.fsencode(f"OK:{name}")]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
         try:
-            client.sendmsg(answer, rights if LINUX else [], AT_ONCE)
-        except OSError as error:
-            # ETOOMANYREFS: too many descriptors are on their way, unix(7). Any other error means
-            # that the client has ended, and its thread will see the end of file.
-            if error.errno == errno.ETOOMANYREFS:
-                with contextlib.suppress(OSError):
-                    client.sendmsg(answer, [], AT_ONCE)
+            try:
+                client.sendmsg(answer, rights if LINUX else [], AT_ONCE)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:  # too many descriptors on their way, unix(7)
+                    raise
+                client.sendmsg(answer, [], AT_ONCE)
+        except OSError:  # the client has ended, or the kernel is short of memory
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)  # its thread sees the end of file, and releases
 
     def _send_refusal(self, client: socket.socket, reason: str | None) -> None:
         """Tell a client the reason, if there is one, and end the connection."""
@@ -1077,8 +1106,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _run_worker(self) -> None:
         while name := self._todo.get():
-            while not self._ending.is_set() and not self._make_available(name):
-                pass
+            is_done = False
+            while not is_done and not self._ending.is_set():
+                is_done = self._make_available(name)
 
     def _make_available(self, name: str) -> bool:
         """Lock a name and offer it to the pool; or else prepare its database. Blocks.
@@ -1098,7 +1128,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self.pool.offer(name, lock, has_our_token):
             return True
         assert self._prepare is not None
-        reason = self._prepare(name, lock)
+        try:
+            reason = self._prepare(name, lock)
+        except Exception as error:  # if the thread ended, the name would stay as it is for ever
+            reason = f"cannot prepare {name}: {error!r}"
         if reason is None:
             self.pool.mark_prepared(name)
         # Processes that the command left in the background share this descriptor. So unlock it for
@@ -1142,6 +1175,58 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return [name for name, fd in holders if fd >= 0 and not wait_readable(fd, seconds=0)]
 
 
+# The socket's life. Whoever has the lock of a path may replace a dead socket there. The lock file
+# says what the path is, and which folders were made for the socket. So the next start can remove
+# what a killed server has left.
+
+
+def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
+    """Bind a socket that does not listen yet; remove it when the stack ends.
+
+    A dead socket is replaced. Raises SocketInUse if the path is in use, else SocketError.
+    """
+    try:
+        for leftover in list_socket_paths():
+            with contextlib.suppress(SocketError, OSError):  # in use, or no longer ours
+                remove_left_socket(leftover)
+        with contextlib.ExitStack() as inner:
+            lock = lock_socket_path(path)
+            inner.callback(close_lock, lock)
+            remove_dead_socket(path, lock)
+            folder, made = os.path.dirname(path), []
+            while not os.path.lexists(folder):
+                made.append(folder)
+                folder = os.path.dirname(folder)
+            os.pwrite(lock, os.fsencode("\0".join((path, *made))), 0)
+            inner.callback(remove_own_socket, path, lock)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            listener = inner.enter_context(socket.socket(socket.AF_UNIX))
+            # On Linux the socket then has this mode from the first moment; macOS ignores it.
+            with contextlib.suppress(OSError):
+                os.fchmod(listener.fileno(), 0o600)
+            listener.bind(path)
+            os.chmod(path, 0o600)
+            stack.enter_context(inner.pop_all())
+            listener.setblocking(False)  # a client may end before accept() returns it
+            return listener
+    except OSError as error:
+        problem = f"cannot serve: {path}: {error.strerror}"
+        raise SocketError(problem, "choose another socket with -s") from error
+
+
+def lock_socket_path(path: str) -> int:
+    """Lock a socket's path, or raise SocketInUse."""
+    check_no_other_file(path)
+    folder, file = os.path.split(path)
+    real = os.path.join(os.path.realpath(folder), file)  # one spelling, whatever links there are
+    locks = os.path.join(make_private_folder(), SOCKET_LOCKS)
+    try:
+        return take_lock(os.path.join(locks, make_file_name(real)))
+    except BlockingIOError:
+        problem = f"socket is in use: {path}"
+        raise SocketInUse(problem, "end what serves there, or choose another with -s") from None
+
+
 def check_no_other_file(path: str) -> None:
     """Raise SocketError if there is anything but a socket at a path."""
     try:
@@ -1152,52 +1237,55 @@ def check_no_other_file(path: str) -> None:
         raise SocketError(f"cannot serve: {path} is not a socket", "remove it, or choose another")
 
 
-def remove_dead_socket(path: str) -> None:
-    """Remove a socket on which nobody listens. Raises SocketError if somebody does.
+def remove_dead_socket(path: str, lock: int) -> None:
+    """Remove a socket on which nobody listens, and the folders that were made for it.
 
-    The caller has the lock of the path.
+    The caller has the lock of the path. Raises SocketError if somebody listens.
     """
     check_no_other_file(path)
+    is_dead = False
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # a full backlog is an answer too: somebody listens
+        probe.setblocking(False)
         try:
             probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
+        except BlockingIOError:  # a full backlog is an answer too: somebody listens
             pass
-    raise SocketInUse(f"socket is in use: {path}", "end what serves there, or choose another")
-
-
-def get_socket_lock_file(path: str) -> str:
-    folder, file = os.path.split(path)
-    path = os.path.join(os.path.realpath(folder), file)  # one spelling, whatever links there are
-    return os.path.join(get_private_folder(), SOCKET_LOCKS, make_file_name(path))
-
-
-def get_server_sockets() -> Iterator[str]:
-    """Yield the paths on which this user's servers serve, or have served."""
-    private = get_private_folder()
-    yield from (f"{private}/{name}" for name in os.listdir(private) if name.endswith(".sock"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            is_dead = True
+    if not is_dead:
+        problem = f"socket is in use: {path}"
+        raise SocketInUse(problem, "end what serves there, or choose another with -s")
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(f"{private}/{SOCKET_LOCKS}"):
-            path = name.replace("%2F", "/").replace("%25", "%")
-            if os.path.exists(path):
-                yield path
+        os.unlink(path)
+    _, *made = os.fsdecode(os.pread(lock, 65536, 0)).split("\0")
+    with contextlib.suppress(OSError):  # not empty: others have put something there
+        for folder in made:  # the innermost first
+            os.rmdir(folder)
+    os.ftruncate(lock, 0)
 
 
-def remove_sockets_of_killed_servers() -> None:
-    """Remove the sockets that SIGKILL has left behind."""
-    for path in get_server_sockets():
-        with contextlib.suppress(SocketError, OSError):  # in use, or no longer ours
-            lock = take_lock(get_socket_lock_file(path))
-            try:
-                remove_dead_socket(path)
-            finally:
-                close_lock(lock)
+def remove_own_socket(path: str, lock: int) -> None:
+    with contextlib.suppress(SocketError, OSError):  # another program now has the path
+        remove_dead_socket(path, lock)
+
+
+def remove_left_socket(path: str) -> None:
+    """Remove what a killed server has left at a path."""
+    lock = lock_socket_path(path)
+    try:
+        remove_dead_socket(path, lock)
+    finally:
+        close_lock(lock)
+
+
+def list_socket_paths() -> list[str]:
+    """Return the paths on which this user's servers serve, or were killed."""
+    paths = []
+    for file in glob.glob(os.path.join(make_private_folder(), SOCKET_LOCKS, "*")):
+        # Somebody may have removed it.
+        with contextlib.suppress(FileNotFoundError), open(file, "rb") as lock_file:
+            paths.append(os.fsdecode(lock_file.read()).partition("\0")[0])
+    return list(filter(None, paths))
 
 
 def get_peer_pid(connection: socket.socket) -> int | None:
@@ -1655,7 +1743,7 @@ class Signals:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.ended_by: int | None = None
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self.receivers: set[int] = set()  # the process ids to which signals are passed on
         # If SIGCHLD were ignored, we could not read exit statuses. The other signals stay ignored
         # if our caller ignores them, for us and for our children: nohup(1).
         for number in (signal.SIGCHLD, *self.FROM_TERMINAL, *self.PASSED_ON):
@@ -1667,8 +1755,9 @@ class Signals:
         number = os.read(self._reader, 1)[0]
         is_from_kill = number in self.FROM_TERMINAL and not is_in_foreground()
         if is_from_kill or number in self.PASSED_ON:
-            for process in self._running:
-                os.kill(process.pid, number)  # it exists: only wait() reaps it
+            for pid in self.receivers:  # they exist: only wait_for_command() reaps them
+                with contextlib.suppress(PermissionError):  # it has become another user: sudo(8)
+                    os.kill(pid, number)
         if number in self.ENDING and self.ended_by is None:
             self.ended_by = number
         return number
@@ -1691,42 +1780,49 @@ class Signals:
         while file.fileno() not in wait_readable(file, self._reader):
             self.check()
 
-    def run(self, command: Sequence[str] | str, **options: Any) -> int:
-        """Run a command to its end; return its status, negative if a signal ended it."""
-        return self.wait([self.start(command, **options)]).returncode
 
-    def start(self, command: Sequence[str] | str, **options: Any) -> subprocess.Popen[bytes]:
-        """Start a command with our standard streams, in our process group, on our terminal.
+def run_command(command: Sequence[str] | str, signals: Signals, **options: Any) -> int:
+    """Run a command to its end; return its status, negative if a signal ended it."""
+    return wait_for_command([start_command(command, signals, **options)], signals).returncode
 
-        It inherits what we inherited, such as the pipes of make's job server. What we open
-        ourselves is not inherited (PEP 446). Raises CommandError or Interrupted.
-        """
-        import subprocess
 
-        self.check()
-        try:
-            process = subprocess.Popen(command, close_fds=False, **options)
-        except OSError as error:
-            raise CommandError(command[0], error) from error
-        self._running.add(process)
-        return process
+def start_command(
+    command: Sequence[str] | str, signals: Signals, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a command with our standard streams, in our process group, on our terminal.
 
-    def wait(self, processes: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        """Return the first process that ends, and pass on the signals that come meanwhile.
+    It inherits what we inherited, such as the pipes of make's job server. What we open ourselves
+    is not inherited (PEP 446). Raises CommandError or Interrupted.
+    """
+    import subprocess
 
-        If one is stopped, and we are a job of a shell, we stop too. The shell continues both.
-        """
-        while True:
-            for process in processes:
-                pid, status = os.waitpid(process.pid, os.WNOHANG | os.WUNTRACED)
-                if pid and os.WIFSTOPPED(status):
-                    if os.getpgrp() == os.getpid() != os.getsid(0) and is_in_foreground():
-                        os.kill(os.getpid(), signal.SIGSTOP)
-                elif pid:
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                    self._running.discard(process)
-                    return process
-            self.get_next()
+    signals.check()
+    try:
+        process = subprocess.Popen(command, close_fds=False, **options)
+    except OSError as error:
+        raise CommandError(command[0], error) from error
+    signals.receivers.add(process.pid)
+    return process
+
+
+def wait_for_command(
+    processes: Iterable[subprocess.Popen[bytes]], signals: Signals
+) -> subprocess.Popen[bytes]:
+    """Return the first process that ends, and pass on the signals that come meanwhile.
+
+    If one is stopped, and we are a job of a shell, we stop too. The shell continues both.
+    """
+    while True:
+        for process in processes:
+            pid, status = os.waitpid(process.pid, os.WNOHANG | os.WUNTRACED)
+            if pid and os.WIFSTOPPED(status):
+                if os.getpgrp() == os.getpid() != os.getsid(0) and is_in_foreground():
+                    os.kill(os.getpid(), signal.SIGSTOP)
+            elif pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                signals.receivers.discard(pid)
+                return process
+        signals.get_next()
 
 
 def is_in_foreground() -> bool:
@@ -1759,51 +1855,95 @@ def die_of_signal(number: int) -> int:
 # name with an equals sign as connection parameters if it comes with -d.
 
 # We mark our databases with this CONNECTION LIMIT, which CREATE DATABASE sets in the same step, and
-# then with a comment for people. We drop only databases with one of these marks.
+# then with a comment for people. We drop only databases with one of these marks. PostgreSQL itself
+# sets -2 when it begins to drop a database: if that was interrupted, nobody can use it any more.
 MARK_LIMIT = 1_000_000_007
 MARK_COMMENT = "made by pgmanager"
 
 HAS_OUR_MARK = f"""(datconnlimit = {MARK_LIMIT}
-    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{MARK_COMMENT}%')"""
+    OR coalesce(shobj_description(oid, 'pg_database'), '') LIKE '{MARK_COMMENT}%'
+    OR datconnlimit = -2 AND pg_get_userbyid(datdba) = current_user)"""
 
-BEGIN_SCRIPT = f"""
+# Every session begins with this. A role, a database or PGOPTIONS may have set limits against us.
+# Errors are found by their English words. Where we may not choose the language, psql shows the
+# SQLSTATE as well.
+BEGIN_SCRIPT = """
+SET statement_timeout = 0;
+SET lock_timeout = 0;
 SET client_encoding = UTF8;
 SET client_min_messages = warning;
-SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',
-    format('database "%s" was not made by pgmanager', datname),
-    'pgmanager drops only what it made; drop it yourself, or choose another prefix'))
-FROM pg_database WHERE datname = :'name' AND NOT {HAS_OUR_MARK} \\gexec
+SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES ('transaction_timeout', '0'),
+    ('idle_session_timeout', '0'), ('idle_in_transaction_session_timeout', '0'),
+    ('default_transaction_read_only', 'off')) AS ours (name, value) USING (name) \\g /dev/null
+\\set ON_ERROR_STOP off
+SET lc_messages = 'C';
+SELECT CASE WHEN current_setting('lc_messages') ~ '^(C|POSIX|en)' THEN 'default' ELSE 'verbose' END
+    AS verbosity \\gset
+\\set VERBOSITY :verbosity
 """
 
-DROP_SCRIPT = f"""{BEGIN_SCRIPT}
+# Its rows say what DROP DATABASE ... WITH (FORCE) would stop at.
+CHECK_SCRIPT = f"""
+SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',
+    format('database "%s" was not made by pgmanager', datname),
+    'pgmanager drops only what it made; if the last holder has made it again, drop it; '
+    'else choose another prefix'))
+FROM pg_database WHERE datname = :'name' AND NOT {HAS_OUR_MARK} AND NOT :'is_private' \\gexec
+SELECT gid FROM pg_prepared_xacts WHERE database = :'name'
+UNION ALL SELECT subname FROM pg_subscription JOIN pg_database ON subdbid = pg_database.oid
+WHERE datname = :'name';
+"""
+
+# It runs in the database itself. \gexec runs each column as a statement of its own.
+DETACH_SCRIPT = """
+SELECT format('SET ROLE %I', owner), format('ROLLBACK PREPARED %L', gid), 'RESET ROLE'
+FROM pg_prepared_xacts WHERE database = current_database() \\gexec
+SELECT format('ALTER SUBSCRIPTION %I DISABLE', subname),
+    format('ALTER SUBSCRIPTION %I SET (slot_name = NONE)', subname),
+    format('DROP SUBSCRIPTION %I', subname)
+FROM pg_subscription JOIN pg_database ON subdbid = pg_database.oid
+WHERE datname = current_database() \\gexec
+"""
+
+# DROP DATABASE sleeps for 0.1 s if a session is still there, even one that is just ending, and it
+# refuses to end those that use a replication slot. So a superuser ends all sessions first.
+DROP_SCRIPT = """
 SELECT format('ALTER DATABASE %I IS_TEMPLATE false', datname)
 FROM pg_database WHERE datname = :'name' AND datistemplate \\gexec
+SELECT format('DO %L', format('BEGIN FOR n IN 1..500 LOOP
+    PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %L;
+    EXIT WHEN NOT FOUND;
+    PERFORM pg_stat_clear_snapshot(), pg_sleep(0.002);
+END LOOP; END', :'name')) WHERE current_setting('is_superuser') = 'on' \\gexec
 DROP DATABASE IF EXISTS :"name" WITH (FORCE);
 """
 
-CREATE_SCRIPT = f"""{DROP_SCRIPT}
+# Without fsync, file_copy takes less time. PostgreSQL has it from 15 on.
+STRATEGY_SCRIPT = """
+SELECT CASE WHEN current_setting('fsync') = 'off'
+    AND current_setting('server_version_num')::int >= 150000 THEN 'STRATEGY file_copy' ELSE '' END
+    AS strategy \\gset
+"""
+
+CREATE_SCRIPT = f"""{DROP_SCRIPT}{STRATEGY_SCRIPT}
 CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {MARK_LIMIT};
 COMMENT ON DATABASE :"name" IS '{MARK_COMMENT}, which drops it without asking';
 """
 
-# CREATE DATABASE does not copy the settings of ALTER DATABASE ... SET, so the script does. One that
-# our role may not set is skipped and shown. A list is stored as identifiers. We write each element
-# as a literal, as pg_dump does, because an empty identifier is not valid SQL.
-COPY_SCRIPT = f"""{CREATE_SCRIPT}
-\\set ON_ERROR_STOP 0
+# CREATE DATABASE does not copy the settings of ALTER DATABASE ... SET, so this does. One that our
+# role may not set is skipped and shown. A list is stored as identifiers, ready to be used again,
+# but an empty one as "", which is not valid SQL.
+SETTINGS_SCRIPT = """
+\\set ON_ERROR_STOP off
 \\set ECHO errors
 SELECT format('ALTER %s SET %I TO %s',
     CASE setrole WHEN 0 THEN format('DATABASE %I', :'name')
         ELSE format('ROLE %I IN DATABASE %I', pg_get_userbyid(setrole), :'name') END,
     setting,
-    CASE WHEN setting IN ('search_path', 'temp_tablespaces', 'local_preload_libraries',
+    CASE WHEN setting NOT IN ('search_path', 'temp_tablespaces', 'local_preload_libraries',
             'session_preload_libraries')
-        THEN (SELECT coalesce(string_agg(quote_literal(CASE WHEN element LIKE '"%'
-                THEN replace(substr(element, 2, length(element) - 2), '""', '"')
-                ELSE element END), ', ' ORDER BY number), '''''')
-            FROM regexp_matches(value, '"(?:[^"]|"")*"|[^,[:space:]]+', 'g')
-                WITH ORDINALITY AS matches(groups, number), unnest(groups) AS element)
-        ELSE quote_literal(value) END)
+        THEN quote_literal(value)
+        ELSE regexp_replace(value, '(^|, )""(?=,|$)', '\\1''''', 'g') END)
 FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
     unnest(setconfig) AS item, split_part(item, '=', 1) AS setting,
     substr(item, length(setting) + 2) AS value
@@ -1813,21 +1953,24 @@ WHERE datname = :'template' \\gexec
 # From here on nobody can connect to the template, so a copy never fails because it is in use.
 # It is marked once more, because init may have dropped it and made it again.
 FINISH_SCRIPT = f"""
-SET client_encoding = UTF8;
 ALTER DATABASE :"name" CONNECTION LIMIT {MARK_LIMIT};
 COMMENT ON DATABASE :"name" IS '{MARK_COMMENT}, which drops it without asking';
 ALTER DATABASE :"name" ALLOW_CONNECTIONS false;
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = :'name' AND backend_type = 'client backend' \\g /dev/null
-SELECT format('ALTER DATABASE %I RENAME TO %I', :'name', :'final')
-WHERE :'name' <> :'final' \\gexec
-ALTER DATABASE :"final" IS_TEMPLATE true;
+ALTER DATABASE :"name" IS_TEMPLATE true;
 """
 
+# A template is ready if nobody can connect to it, and if the rules for sorting text are still those
+# that its indexes were made with. PostgreSQL tells that from 15 on.
 LIST_SCRIPT = f"""
-SET client_encoding = UTF8;
-SELECT current_user;
-SELECT datname, datistemplate AND NOT datallowconn FROM pg_database
+SELECT current_setting('server_version_num')::int >= 150000 AS has_versions \\gset
+\\if :has_versions
+    \\set is_valid 'datcollversion IS NOT DISTINCT FROM pg_database_collation_actual_version(oid)'
+\\else
+    \\set is_valid true
+\\endif
+SELECT datname, datistemplate AND NOT datallowconn AND :is_valid FROM pg_database
 WHERE starts_with(datname, :'prefix') AND {HAS_OUR_MARK} AND pg_has_role(datdba, 'USAGE');
 """
 
@@ -1883,26 +2026,6 @@ def find_psql() -> str:
         return "psql"
 
 
-def get_psql_command(**variables: str) -> list[str]:
-    """Return the command for a script on standard input. psql ends at the first error."""
-    words = [f"-v{name}={value}" for name, value in variables.items()]
-    return [find_psql(), "-XqAt", "-F\x1f", "-vON_ERROR_STOP=1", *words]
-
-
-@contextlib.contextmanager
-def temporary_files(script: str) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield files for a command's standard input, which is the script, output and errors.
-
-    Not pipes: a pipe stays open until the last background process of the command has ended.
-    """
-    from tempfile import TemporaryFile
-
-    with TemporaryFile() as given, TemporaryFile() as output, TemporaryFile() as errors:
-        given.write(script.encode())
-        given.seek(0)
-        yield given, output, errors
-
-
 def read_tail(file: Any) -> str:
     """Return what a command has written to a file, at most the last 100,000 bytes."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
@@ -1912,11 +2035,12 @@ def read_tail(file: Any) -> str:
 def find_error(output: str) -> str:
     """Return the first error in an output, with PostgreSQL's hint.
 
-    If PostgreSQL speaks another language than English, that is psql's first line; else the last.
+    If PostgreSQL speaks another language than English, that is the first line with an SQLSTATE or
+    of psql; else the last line.
     """
     lines = output.splitlines() or ["no output"]
     for number, line in enumerate(lines):
-        if re.search(r"(?i)\b(error|fatal)\b", line):
+        if re.search(r"(?i)\b(error|fatal)\b|^\S+:  [0-9A-Z]{5}: ", line):
             hints = [each for each in lines[number + 1 : number + 4] if each.startswith("HINT:")]
             reason = "; ".join([line, *hints])
             if re.search('FATAL: .* database "postgres"', line):
@@ -1930,47 +2054,317 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+class Session:
+    """A psql that runs one script after the other. It ends at the first error, or when we end.
+
+    It is in a session of its own (setsid(2)), so Ctrl-C does not reach it.
+    """
+
+    END = b"-- the script has ended\n"
+
+    def __init__(
+        self, env: Mapping[str, str], database: str = "postgres", lock: int = NO_LOCK
+    ) -> None:
+        """Start psql. It inherits a lock: if we are killed, that lasts until its SQL has ended."""
+        import subprocess
+        import tempfile
+
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
+        self._errors_read = 0
+        self.messages = ""  # errors and warnings of the last script
+        self._has_begun = self._is_busy = False
+        name = f"pgmanager {os.getpid()} on {os.uname().nodename}"
+        try:
+            self.process = subprocess.Popen(
+                # -w: without it psql would read our script as the password.
+                [find_psql(), "-XqAtw", "-F\x1f"],
+                env={**env_for(database, env), "LC_ALL": "C", "PGAPPNAME": name},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                bufsize=0,
+                start_new_session=True,
+                pass_fds=() if lock == NO_LOCK else (lock,),
+            )
+        except OSError as error:
+            advice = "install PostgreSQL's client package, or pgmanager[postgres]"
+            raise PostgresError(f"cannot run psql: {error.strerror}", advice) from error
+
+    def run(
+        self, script: str, wait_for: Callable[[Any], object] = wait_readable, **values: str
+    ) -> list[list[str]]:
+        """Run a script with values for psql's variables; return its rows. Blocks until it ends.
+
+        ``wait_for`` blocks until a file can be read; it may raise Interrupted. Raises
+        PostgresError, after which the session cannot be used any more.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            self.run(BEGIN_SCRIPT, wait_for)
+        lines = ["\\set ON_ERROR_STOP on", "\\set ECHO none"]
+        lines += [f"\\set {name} {quote_for_psql(value)}" for name, value in values.items()]
+        lines += [script, "\\echo " + self.END.decode()]
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        answer, self._is_busy = b"", True
+        with contextlib.suppress(BrokenPipeError):  # psql has ended, and its errors say why
+            stdin.write("\n".join(lines).encode(errors="surrogateescape"))
+        while not answer.endswith(self.END):
+            wait_for(stdout)
+            piece = os.read(stdout.fileno(), 65536)
+            if not piece:
+                self._read_messages()
+                raise PostgresError(find_error(self.messages))
+            answer += piece
+        self._is_busy = False
+        self._read_messages()
+        rows = os.fsdecode(answer.removesuffix(self.END)).split("\n")
+        return [row.split("\x1f") for row in rows if row]
+
+    def _read_messages(self) -> None:
+        written = os.pread(self._errors.fileno(), 100_000, self._errors_read)
+        self._errors_read += len(written)
+        self.messages = os.fsdecode(written).strip()
+
+    def cancel(self) -> None:
+        """Cancel what runs. If psql were killed instead, PostgreSQL would go on with it."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """End psql. Blocks until it has ended."""
+        import subprocess
+
+        if self._is_busy:
+            self.cancel()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:  # it was connecting to a server that does not answer
+            self.process.kill()
+            self.process.wait()
+        self._errors.close()
+
+
+def quote_for_psql(value: str) -> str:
+    r"""Quote a value for psql's \set, which knows quotes, backslashes and escapes."""
+    escaped = value.replace("\\", "\\\\").replace("'", "''").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
 class Postgres:
-    """The PostgreSQL server that the caller's environment leads to."""
+    """A PostgreSQL server that is there: how programs reach it, and our SQL on it."""
 
-    is_throw_away = False
-    env: Mapping[str, str] = os.environ  # for programs that use the server
-    options: Sequence[str] = ()  # that we start it with
-    strategy = ""  # of CREATE DATABASE
-
-    def __init__(self) -> None:
+    def __init__(
+        self, env: Mapping[str, str], locks_folder: str = "", is_private: bool = False
+    ) -> None:
         """Raise UsageError if programs would not agree where the server is."""
-        self._ports = get_ports(env_for("postgres"))
+        ports = get_ports(env_for("postgres", env))
+        self.env = env  # for programs that use the server
+        # A folder of lock files for each port: a host has many spellings.
+        self.locks_folder = locks_folder or os.path.join(make_private_folder(), ports)
+        self.is_private = is_private  # it is throw-away, so all databases in it are ours
+        self._idle: list[Session] = []
 
-    def get_locks_folder(self) -> str:
-        """Return the folder for the lock files of the server's databases."""
-        return os.path.join(get_private_folder(), self._ports)
+    @contextlib.contextmanager
+    def session(self, lock: int = NO_LOCK) -> Iterator[Session]:
+        """Yield a session in the database postgres. It inherits the lock.
 
-    def start(self, stack: contextlib.ExitStack, key: str = "") -> None:
-        """Start the server if it is ours, until the stack ends."""
+        On a private server it stays open for the next caller: to start psql takes as long as to
+        make a small copy. It has no lock then, but it ends with the server, and that with us.
+        """
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = Session(self.env, lock=NO_LOCK if self.is_private else lock)
+        is_reusable = False
+        try:
+            yield session
+            is_reusable = self.is_private
+        finally:
+            if is_reusable:
+                self._idle.append(session)
+            else:
+                session.close()
 
-    def pack(self) -> None:
-        """Save the data of a server that is ours, for later starts with the same key."""
+    def close_sessions(self) -> None:
+        """End the sessions that stayed open."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def drop(self, session: Session, name: str) -> None:
+        """Drop a database of ours, if it exists."""
+        self._free(session, name)
+        session.run(DROP_SCRIPT, name=name)
+
+    def create(self, session: Session, name: str, template: str) -> None:
+        """Copy a template, in place of a database of ours if there is one."""
+        self._free(session, name)
+        session.run(CREATE_SCRIPT, name=name, template=template)
+
+    def _free(self, session: Session, name: str) -> None:
+        """Prove that a database is ours, and end in it what DROP DATABASE would stop at."""
+        held = session.run(CHECK_SCRIPT, name=name, is_private=str(self.is_private))
+        if held:
+            try:
+                with contextlib.closing(Session(self.env, name)) as inside:
+                    inside.run(DETACH_SCRIPT)
+            except PostgresError as error:
+                advice = f"end the prepared transactions and subscriptions of {name} yourself"
+                raise PostgresError(str(error), advice) from error
+
+    def create_empty(self, names: Iterable[str]) -> None:
+        """Create empty databases on a private server."""
+        lines = [f"CREATE DATABASE {quote_identifier(name)} :strategy;" for name in names]
+        with self.session() as session:
+            session.run("\n".join((STRATEGY_SCRIPT, *lines)))
+
+
+# Between hosts, containers and users. The processes that see the same folder of lock files are a
+# domain. Lock files keep these apart, and PostgreSQL keeps the domains apart: before a server makes
+# databases, it claims its prefix for its domain. A session of its own then holds advisory locks in
+# the database postgres until the server ends: (hash of the prefix, domain), shared.
+
+# The lock (key, 0) makes "look, then lock" one step. The transaction stays open, because pgbouncer
+# may give each transaction another session. What the look has locked in the catalogs is unlocked by
+# the ROLLBACK: else VACUUM FULL would wait for us, and everybody for it. The rows say who has the
+# prefix; without a row it is ours.
+CLAIM_SCRIPT = """
+BEGIN ISOLATION LEVEL READ COMMITTED;
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = 0;
+SET LOCAL idle_in_transaction_session_timeout = 0;
+SELECT current_setting('server_version_num')::int >= 170000 AS has_transaction_timeout \\gset
+\\if :has_transaction_timeout
+    SET LOCAL transaction_timeout = 0;
+\\endif
+SELECT pg_advisory_lock(:key, 0) \\g /dev/null
+SAVEPOINT look;
+SELECT string_agg(DISTINCT coalesce(nullif(application_name, ''), 'another program'), ', ')
+    AS others FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
+WHERE locktype = 'advisory' AND classid = :key AND pg_locks.objid NOT IN (0, :domain)
+    AND objsubid = 2 \\gset
+ROLLBACK TO SAVEPOINT look;
+\\if :{?others}
+    SELECT pg_advisory_unlock(:key, 0) \\g /dev/null
+    ROLLBACK;
+    SELECT :'others';
+\\else
+    SELECT pg_advisory_xact_lock_shared(:key, :domain) \\g /dev/null
+    SELECT pg_advisory_unlock(:key, 0) \\g /dev/null
+\\endif
+"""
+
+
+class Claim:
+    """The right of our domain to make and drop the databases of a prefix, while we serve them."""
+
+    def __init__(self, postgres: Postgres, prefix: str) -> None:
+        self.prefix, self.role = prefix, ""  # the role that we are on the server
+        self._postgres = postgres
+        self._lock = threading.Lock()  # guards the two below
+        self._session: Session | None = None
+        self._is_held = False
+
+    def choose_prefix(self, wait_for: Callable[[Any], object]) -> str:
+        """Claim the prefix, or the next one that no other domain has; return it.
+
+        Raises PostgresError if PostgreSQL cannot be reached.
+        """
+        wanted = self.prefix
+        first = others = self._claim(wait_for)
+        number = 1
+        while others:
+            number += 1
+            self.prefix = f"{wanted}host{number}_"
+            advice = f"choose a shorter prefix: {wanted} is used by {first}"
+            check_name_length(f"{self.prefix}template_00000000", advice)
+            others = self._claim(wait_for)
+        if first:
+            say(
+                f"the prefix {wanted} is used by {first}; the databases here are {self.prefix}0 ..."
+            )
+        return self.prefix
+
+    def check(self) -> None:
+        """Make sure that we still have the claim. If the session was lost, claim again.
+
+        Raises PostgresError if that fails, or if another domain has the prefix now.
+        """
+        with self._lock:
+            if self._is_held and self._session is not None:
+                try:
+                    self._session.run("SELECT 1;")
+                    return
+                except PostgresError:  # PostgreSQL was started again, or somebody ended the session
+                    self.close()
+            if others := self._claim():
+                raise PostgresError(f"the prefix {self.prefix} is now used by {others}")
+
+    def _claim(self, wait_for: Callable[[Any], object] = wait_readable) -> str:
+        """Claim the prefix; return who else has it, or "" if it is ours now."""
+        import hashlib
+
+        def to_number(text: str) -> str:
+            return str(int(hashlib.sha256(os.fsencode(text)).hexdigest()[:7], 16) or 1)
+
+        folder = self._postgres.locks_folder
+        os.makedirs(folder, 0o700, exist_ok=True)
+        place = os.stat(folder)
+        domain = to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
+        if self._session is None:
+            self._session = Session(self._postgres.env)
+        try:
+            key = to_number(self.prefix)
+            rows = self._session.run(CLAIM_SCRIPT, wait_for, key=key, domain=domain)
+        except BaseException:  # it may have the lock (key, 0), which ends with the session
+            self.close()
+            raise
+        self._is_held = not rows
+        if not rows:
+            self.role = self._session.run("SELECT current_user;")[0][0]
+        return rows[0][0] if rows else ""
+
+    def close(self) -> None:
+        """Give the claim back. Other servers of our domain may still have it."""
+        if self._session is not None:
+            self._session.close()
+        self._session, self._is_held = None, False
+
+
+def get_boot_id() -> str:
+    """Return what tells the running system from all others."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read()
+    except OSError:
+        return f"{os.uname().nodename} {os.uname().version}"
 
 
 class Preparer:
     """Makes databases ready for their next lease: copies of a template, or by a shell command.
 
-    At most as many run at once as there are processors. Each command runs in a session of its own,
-    so Ctrl-C does not reach it, and it can be ended with all its children. It inherits the lock of
-    its name, so the name stays locked if we are killed.
+    At most as many are prepared at once as there are processors. Each command runs in a session of
+    its own, so Ctrl-C does not reach it, and it can be ended with all its children. It inherits the
+    lock of its name, so the name stays locked if we are killed.
     """
 
     def __init__(
         self,
-        kind: str,  # "template" or "prepare"
-        value: str,
         postgres: Postgres,
+        *,
+        template: str = "",
+        command: str = "",
+        claim: Claim | None = None,
     ) -> None:
         import tempfile  # noqa: F401 - now: later there may be no descriptor left to read it
 
-        self._is_copy, self._value, self._postgres = kind == "template", value, postgres
-        self._processors = threading.Semaphore(os.cpu_count() or 1)
+        self.template, self._command = template, command
+        self._postgres, self._claim = postgres, claim
+        self._processors = threading.Semaphore(count_processors())
         # Guards the two below. Once stop() has looked, nothing new is started.
         self._lock = threading.Condition()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -1980,59 +2374,74 @@ class Preparer:
         """Prepare a database; return None, or the reason why that failed. Blocks until then."""
         try:
             with self._processors:
-                status, output = self._run(name, lock)
-        except (OSError, ValueError, MemoryError) as error:  # no process, no disk, a bad name
-            status, output = 1, f"error: {error}"
-        if self._is_stopped:
-            return "the server ends"
-        if status == 0:
-            # psql shows each statement that failed after a word such as "STATEMENT:".
-            skipped = re.findall(r"(?m)^\w+:  ALTER .*? SET (\S+) TO ", output)
-            if self._is_copy and skipped:
-                problem = f"the template's settings {', '.join(sorted({*skipped}))} are not copied"
-                say_once(f"{problem}: {find_error(output)}")
-            return None
-        reason = f"cannot prepare {name}: exit status {status}: {find_error(output)}"
-        if "was not made by pgmanager" in output:
-            problem = "databases with names of this pool were not made by pgmanager: it keeps them"
-            advice = "choose another --prefix, or delete all databases that have these names"
-            command = "pgmanager wrap-each --prefix PREFIX --count N -x -- dropdb --if-exists"
-            say_once(f"{problem}; {advice}: {command}")
-        else:
-            more = f"\n{output[-2000:]}" if "\n" in output else ""
-            say_once(f"{reason}; it is tried again later{more}")
-        return reason
-
-    def _run(self, name: str, lock: int) -> tuple[int, str]:
-        """Run the command for a database; return its exit status and its output."""
-        import subprocess
-
-        command: Any = self._value
-        database, script = name, ""
-        if self._is_copy:
-            strategy = self._postgres.strategy
-            command = get_psql_command(name=name, template=self._value, strategy=strategy)
-            database, script = "postgres", COPY_SCRIPT
-        with temporary_files(script) as (given, output, _):
-            with self._lock:
-                if self._is_stopped:
-                    return 1, ""
-                process = subprocess.Popen(
-                    command,
-                    shell=isinstance(command, str),
-                    env=env_for(database, self._postgres.env),
-                    pass_fds=(lock,),
-                    start_new_session=True,
-                    stdin=given,
-                    stdout=output,
-                    stderr=output,
+                if self._claim is not None:
+                    self._claim.check()
+                if self.template:
+                    self._copy_template(name, lock)
+                else:
+                    self._run_command(name, lock)
+        except (Error, OSError, ValueError, MemoryError) as error:  # no process, no disk
+            if self._is_stopped:
+                return "the server ends"
+            reason, _, output = f"cannot prepare {name}: {error}".partition("\n")
+            if "was not made by pgmanager" in reason:
+                problem = (
+                    "databases with names of this pool were not made by pgmanager: it keeps them"
                 )
-                self._running.add(process)
-            status = get_shell_status(process.wait())
+                advice = "choose another --prefix, or delete all databases that have these names"
+                command = "pgmanager wrap-each --prefix PREFIX --count N -x -- dropdb --if-exists"
+                say_once(f"{problem}; {advice}: {command}")
+            else:
+                say_once(f"{reason}; it is tried again later{output and chr(10)}{output}")
+            return reason
+        return None
+
+    def _copy_template(self, name: str, lock: int) -> None:
+        with self._postgres.session(lock) as session, self._listed(session.process):
+            self._postgres.create(session, name, self.template)
+            session.run(SETTINGS_SCRIPT, name=name, template=self.template)
+            # psql shows each statement that failed after a word such as "STATEMENT:".
+            skipped = re.findall(r"(?m)^\w+:  ALTER .*? SET (\S+) TO ", session.messages)
+            if skipped:
+                problem = f"the template's settings {', '.join(sorted({*skipped}))} are not copied"
+                say_once(f"{problem}: {find_error(session.messages)}")
+
+    def _run_command(self, name: str, lock: int) -> None:
+        import subprocess
+        import tempfile
+
+        # Not a pipe: that stays open until the last background process of the command has ended.
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                self._command,
+                shell=True,
+                env=env_for(name, self._postgres.env),
+                pass_fds=(lock,),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+            with self._listed(process):
+                status = get_shell_status(process.wait())
+            if status:
+                text = read_tail(output).strip()
+                problem = f"exit status {status}: {find_error(text)}"
+                raise PostgresError(f"{problem}\n{text[-2000:]}" if "\n" in text else problem)
+
+    @contextlib.contextmanager
+    def _listed(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """List a process as running, for stop()."""
+        with self._lock:
+            self._running.add(process)
+            if self._is_stopped:
+                os.killpg(process.pid, signal.SIGKILL)
+        try:
+            yield
+        finally:
             with self._lock:
                 self._running.discard(process)
                 self._lock.notify()
-            return status, read_tail(output).strip()
 
     def stop(self) -> None:
         """End what runs, with all its children; nothing is prepared any more."""
@@ -2049,59 +2458,73 @@ class Preparer:
 
 # --init makes a template once, and keeps it until something that it is made from changes.
 
-MAX_KEPT = 3  # templates of a prefix, and clusters of a user
+MAX_TEMPLATES = 3  # of a prefix that are kept on a server
 
 
 class InitSource:
-    """What --init and --depends say, and a hash of everything that it reads."""
+    """What --init and --depends say, and a hash of everything that they read."""
 
-    def __init__(self, text: str, depends: Sequence[str], extra: str = "") -> None:
-        self.text, self._depends, self._extra = text, depends, extra
-        is_script = os.access(text, os.X_OK) and not text.endswith(".sql")
-        self.is_file = os.path.isfile(text) and not is_script
-        if text.endswith(".sql") and " " not in text and not self.is_file:
-            raise UsageError(f"bad init: no such file: {text}", "correct the path")
-        self.is_kept = bool(depends)
-        if self.is_file:
-            self.is_kept = not reads_other_files(text) or self.is_kept
-        self.sources: list[str] = []
+    def __init__(self, texts: Sequence[str], depends: Sequence[str], extra: str = "") -> None:
+        # Each step is what --init says, and the SQL files that it means: none if it is a command.
+        self.steps = [(text, find_sql_files(text)) for text in texts]
+        self._depends, self._extra = depends, extra
+        reads_others = [
+            not files or any([*map(reads_other_files, files)]) for _, files in self.steps
+        ]
+        self.is_kept = bool(depends) or not any(reads_others)
+        self.files: list[str] = []
         self.hash = self.compute_hash()
 
     def compute_hash(self) -> str:
-        """Return a hash of the text and of the files, wherever the checkout is."""
+        """Return a hash of the texts and of the files, wherever the checkout is."""
         import hashlib
 
-        files = {(self.text, os.path.basename(self.text))} if self.is_file else set()
+        parts, named = [self._extra], []
+        depended: set[tuple[str, str]] = set()
+        for text, files in self.steps:
+            parts.append(os.path.basename(os.path.normpath(text)) if files else text)
+            named += [(os.path.basename(file), file) for file in files]
         for pattern in self._depends:
             found = find_files(pattern)
             if not found:
                 raise UsageError(f"bad depends: no file matches: {pattern!r}", "correct the path")
-            files.update(found.items())
-        self.sources = sorted({path for path, _ in files})
-        parts = []
-        for path, name in files:
+            depended.update((name, file) for file, name in found.items())
+        named += sorted(depended)
+        self.files = [file for _, file in named]
+        for name, path in named:
             try:
                 with open(path, "rb") as file:
                     parts.append(f"{name}\0{hashlib.sha256(file.read()).hexdigest()}")
             except OSError as error:
                 problem = f"cannot read a file of --init or --depends: {path}: {error.strerror}"
                 raise UsageError(problem, "make it readable, or leave it out") from None
-        text = os.path.basename(self.text) if self.is_file else self.text
-        whole = "\0".join((text, self._extra, *sorted(parts)))
-        return hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest()
+        return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
 
     def get_template_name(self, prefix: str, role: str) -> str:
         """Return the name of the template that a role makes. If it is not kept, it is random."""
         import hashlib
 
         if not self.is_kept:
-            return make_unique_name(prefix)
+            return f"{prefix}template_once_{os.urandom(4).hex()}"
         return f"{prefix}template_{hashlib.sha256(f'{self.hash} {role}'.encode()).hexdigest()[:8]}"
 
 
-def make_unique_name(prefix: str) -> str:
-    """Return a name for a template that is used once and then dropped."""
-    return f"{prefix}template_once_{os.urandom(4).hex()}"
+def find_sql_files(text: str) -> list[str]:
+    """Return the SQL files that --init means: one, or those of a folder by name; or none.
+
+    Raises UsageError if it looks like a file or a folder and there is none.
+    """
+    if os.path.isdir(text):
+        files = sorted(glob.glob(os.path.join(glob.escape(text), "*.sql")))
+        if not files:
+            raise UsageError(f"bad init: no *.sql in the folder: {text}", "correct the path")
+        return files
+    is_program = os.access(text, os.X_OK) and not text.endswith(".sql")
+    if os.path.isfile(text) and not is_program:
+        return [text]
+    if text.endswith((".sql", "/")) and " " not in text:
+        raise UsageError(f"bad init: no such file: {text}", "correct the path")
+    return []
 
 
 def reads_other_files(path: str) -> bool:
@@ -2139,136 +2562,99 @@ def find_files(pattern: str) -> dict[str, str]:
     base = pattern
     while glob.has_magic(base):
         base = os.path.dirname(base)
-    matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
-
-    def fail(error: OSError) -> None:
-        problem = f"cannot read a folder of --depends: {error.filename}: {error.strerror}"
-        raise UsageError(problem, "make it readable, or leave it out")
-
-    paths = [path for path in matches if os.path.isfile(path)]
-    for folder in filter(os.path.isdir, matches):
-        for below, _, names in os.walk(folder, onerror=fail):
-            paths += [os.path.join(below, name) for name in names]
-    found = {path: os.path.relpath(path, base or ".") for path in paths if os.path.isfile(path)}
-    left_out = re.compile(r"(^|/)(\.|__pycache__/)|~$|\.pyc$")
-    return {path: name for path, name in found.items() if not left_out.search(name)}
+    found = set(glob.glob(pattern, recursive=True))
+    for folder in filter(os.path.isdir, list(found)):
+        found.update(glob.glob(f"{glob.escape(folder)}/**", recursive=True))
+    left_out = re.compile(r"(^|/)__pycache__/|~$|\.pyc$")
+    files = [path for path in found if os.path.isfile(path) and not left_out.search(path)]
+    return {path: os.path.relpath(path, base or ".") for path in files}
 
 
 class Templates:
-    """The templates of one prefix on one server."""
+    """The templates of one prefix on one server.
 
-    def __init__(self, prefix: str, postgres: Postgres, signals: Signals) -> None:
-        self.prefix, self._postgres, self._signals = prefix, postgres, signals
+    A template has two lock files. Whoever makes it has the lock NAME.make, so that parallel runs
+    make it only once. Whoever uses it has a shared lock of NAME, and whoever drops it an exclusive
+    one.
+    """
+
+    def __init__(self, prefix: str, role: str, postgres: Postgres, signals: Signals) -> None:
+        self._prefix, self._role, self._postgres, self._signals = prefix, role, postgres, signals
 
     def find_or_make(
         self, source: InitSource, rebuild: bool, stack: contextlib.ExitStack
     ) -> tuple[str, bool]:
-        """Return the name of the template, and whether we made it. Keep it until the stack ends.
-
-        A run that uses a template holds a shared lock of its name. A run that makes or drops it
-        holds an exclusive lock. So parallel runs make it only once.
-        """
-        role, found = self._list()
-        name = source.get_template_name(self.prefix, role)
-        is_made = False
-        while True:
-            if found.get(name) and not rebuild:
-                lock = self._wait_for_shared_lock(name)
-                _, found = self._list()  # it may have been dropped before we had the lock
-                if found.get(name):
-                    break
-                close_lock(lock)
-            if made := self._make_alone(name, source, rebuild):
-                name, is_made, rebuild = made, True, False
-            _, found = self._list()
-        if not is_made:
-            say(f"template {name} was found")
-        os.utime(self._path(name))
-        stack.callback(self._end_use, name, lock)
+        """Return the name of the template, and whether we made it. Keep it until the stack ends."""
+        name = source.get_template_name(self._prefix, self._role)
+        what = f"another run, which makes or uses the template {name}"
+        making = wait_for_lock(self._path(f"{name}.make"), what, self._signals.sleep)
+        try:
+            if rebuild:
+                self._check_unused(name)
+            using = wait_for_lock(self._path(name), what, self._signals.sleep, shared=True)
+            stack.callback(self._end_use, name, using)
+            with self._postgres.session(making) as session:
+                rows = session.run(
+                    LIST_SCRIPT, self._signals.wait_for, prefix=f"{self._prefix}template_"
+                )
+                found = {row[0]: row[1] == "t" for row in rows}
+                is_made = rebuild or not found.get(name)
+                if is_made:
+                    self._make(session, name, source, making)
+                else:
+                    say(f"template {name} was found")
+                os.utime(self._path(name))
+        finally:
+            unlock(making)  # a process that init has left in the background may have a copy
         self._drop_old(found.keys() - {name})
         return name, is_made
 
-    def _make_alone(self, name: str, source: InitSource, rebuild: bool) -> str | None:
-        """Make a template while no other run makes or uses it; return its name.
-
-        Return None if another run has its lock: then wait while that run makes it.
-        """
-        try:
-            lock = take_lock(self._path(name))
-        except BlockingIOError:
-            if rebuild and self._is_finished(name):
-                advice = "end the other pgmanager that uses it first"
-                raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
-            say_once(f"waiting for {self._describe_user(name)}")
-            close_lock(self._wait_for_shared_lock(name))
-            # Pause before the next try: somebody may have dropped a template that is still in use.
-            self._signals.sleep(0.1)
-            return None
-        try:
-            # Another run may have made it before we had the lock.
-            is_needed = rebuild or not self._is_finished(name)
-            return self._make(name, source, lock) if is_needed else None
-        finally:
-            unlock(lock)  # a process that init has left in the background may have a copy
-
     def _path(self, name: str) -> str:
-        return os.path.join(self._postgres.get_locks_folder(), make_file_name(name))
+        return os.path.join(self._postgres.locks_folder, make_file_name(name))
 
-    def _describe_user(self, name: str) -> str:
-        return f"another run, which makes or uses the template {name}"
-
-    def _wait_for_shared_lock(self, name: str) -> int:
-        """Wait until no other run makes or drops a template; return a shared lock of its name."""
-        what = self._describe_user(name)
-        return wait_for_lock(self._path(name), what, self._signals.sleep, shared=True)
-
-    def _make(self, name: str, source: InitSource, lock: int) -> str:
-        """Make a template in full or not at all; return its name.
-
-        It gets a new, random name if its sources change while it is made.
-        """
-        started = time.monotonic()
-        os.set_inheritable(lock, True)  # psql and init keep the lock if we are killed
-        strategy = self._postgres.strategy
-        self._run_script(CREATE_SCRIPT, name=name, template="template1", strategy=strategy)
+    def _check_unused(self, name: str) -> None:
         try:
-            self._run_init(source, name)
-            final = name
+            close_lock(take_lock(self._path(name)))
+        except BlockingIOError:
+            advice = "end the other pgmanager that uses it first"
+            raise UsageError(f"cannot rebuild a template in use: {name}", advice) from None
+
+    def _make(self, session: Session, name: str, source: InitSource, lock: int) -> None:
+        """Make a template in full or not at all."""
+        started = time.monotonic()
+        self._postgres.create(session, name, "template1")
+        try:
+            os.set_inheritable(lock, True)  # init keeps the lock if we are killed
+            for text, files in source.steps:
+                self._run_init(text, files, name)
             if source.is_kept and source.compute_hash() != source.hash:
-                final = make_unique_name(self.prefix)
-                say("a file of --init or --depends was changed meanwhile: the template is not kept")
-            if self._run_script(COUNT_SCRIPT, database=name) == [["0"]]:
-                say("warning: --init made no table; check that it commits, and uses PGDATABASE")
-            self._run_script(FINISH_SCRIPT, name=name, final=final)
+                problem = "a file of --init or --depends was changed while the template was made"
+                raise PostgresError(problem, "start again; leave out what --init itself changes")
+            with contextlib.closing(Session(self._postgres.env, name)) as inside:
+                if inside.run(f"{DETACH_SCRIPT}{COUNT_SCRIPT}") == [["0"]]:
+                    say("warning: --init made no table; check that it commits, and uses PGDATABASE")
+            session.run(FINISH_SCRIPT, self._signals.wait_for, name=name)
         except BaseException:
             self._drop(name)
             raise
-        say(f"template {final} was made in {format_seconds(time.monotonic() - started)}")
-        return final
+        say(f"template {name} was made in {format_seconds(time.monotonic() - started)}")
 
-    def _run_init(self, source: InitSource, name: str) -> None:
+    def _run_init(self, text: str, files: Sequence[str], name: str) -> None:
+        """Run one step of --init: SQL files, or a command for the shell. Its output is shown."""
         import subprocess
 
-        command: Any = source.text
-        if source.is_file:
-            command = [find_psql(), "-Xq", "-vON_ERROR_STOP=1", "-f", source.text]
+        command: Any = text
+        if files:  # results of queries are not shown
+            command = [find_psql(), "-Xq", "-o/dev/null", "-vON_ERROR_STOP=1"]
+            command += [f"-f{file}" for file in files]
         output = subprocess.DEVNULL if sys.stderr is None else 2
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
         env = env_for(name, self._postgres.env)
-        status = self._signals.run(command, shell=not source.is_file, env=env, **options)
+        status = run_command(command, self._signals, shell=not files, env=env, **options)
         self._signals.check()
         if status:
-            problem = f"--init failed: {source.text}: exit status {get_shell_status(status)}"
+            problem = f"--init failed: {text}: exit status {get_shell_status(status)}"
             raise PostgresError(problem, "see its output above")
-
-    def _list(self) -> tuple[str, dict[str, bool]]:
-        """Return our role, and {name: True if it is finished} of our templates."""
-        role, *rows = self._run_script(LIST_SCRIPT, prefix=f"{self.prefix}template_")
-        return role[0], {name: is_ready == "t" for name, is_ready in rows}
-
-    def _is_finished(self, name: str) -> bool:
-        _, found = self._list()
-        return found.get(name, False)
 
     def _drop_old(self, others: Iterable[str]) -> None:
         """Drop what killed runs have left, and all templates but those that were used last."""
@@ -2279,11 +2665,11 @@ class Templates:
             except FileNotFoundError:
                 return 0
 
-        pattern = re.escape(self.prefix) + "template_(once_)?[0-9a-f]{8}"
+        pattern = re.escape(self._prefix) + "template_(once_)?[0-9a-f]{8}"
         names = [name for name in others if re.fullmatch(pattern, name)]
-        once = [name for name in names if "template_once_" in name[len(self.prefix) :]]
+        once = [name for name in names if "template_once_" in name[len(self._prefix) :]]
         kept = sorted({*names} - {*once}, key=get_last_use, reverse=True)
-        for name in [*once, *kept[MAX_KEPT - 1 :]]:
+        for name in [*once, *kept[MAX_TEMPLATES - 1 :]]:
             self._drop_unused(name)
 
     def _drop_unused(self, name: str) -> None:
@@ -2296,57 +2682,35 @@ class Templates:
     def _end_use(self, name: str, lock: int) -> None:
         """End our use of a template; drop it if it is not to be kept."""
         close_lock(lock)
-        if name.startswith(f"{self.prefix}template_once_"):
+        if name.startswith(f"{self._prefix}template_once_"):
             self._drop_unused(name)
 
     def _drop(self, name: str) -> None:
         """Drop a database of ours, also when a signal has ended us. If that fails, say so."""
         try:
-            self._run_script(DROP_SCRIPT, is_ending=True, name=name)
+            with self._postgres.session() as session:
+                self._postgres.drop(session, name)
         except PostgresError as error:
             say(f"cannot drop {name}: {error}; the next start tries again")
-
-    def _run_script(
-        self, script: str, *, database: str = "postgres", is_ending: bool = False, **variables: str
-    ) -> list[list[str]]:
-        """Run an SQL script through psql; return its rows. Raises PostgresError or Interrupted."""
-        import subprocess
-
-        command = get_psql_command(**variables)
-        with temporary_files(script) as (given, output, errors):
-            options: dict[str, Any] = {"stdin": given, "stdout": output, "stderr": errors}
-            options["env"] = env_for(database, self._postgres.env)
-            if is_ending:
-                status = subprocess.call(command, start_new_session=True, **options)
-            else:
-                status = self._signals.run(command, **options)
-                self._signals.check()
-            if status:
-                raise PostgresError(find_error(read_tail(errors)))
-            return [line.split("\x1f") for line in read_tail(output).split("\n") if line]
-
-    def create_empty(self, names: Iterable[str]) -> None:
-        """Create empty databases on a server of our own, which has no others."""
-        strategy = self._postgres.strategy
-        lines = [f"CREATE DATABASE {quote_identifier(name)} {strategy};" for name in names]
-        self._run_script("\n".join(["SET client_encoding = UTF8;", *lines]))
 
 
 # A throw-away server.
 
-PORT = "5432"  # only a part of the socket's name: nothing listens on TCP
+PORT = "5432"  # only a part of the socket's name, where nothing listens on TCP
 FOLDER = "pgmanager-postgres-"
-INITDB = "-D data -U postgres -A trust -N -E UTF8 --locale=C"  # the same on every machine
 SETTINGS = (
-    *("listen_addresses=", f"port={PORT}"),
     "max_connections=500",  # costs some memory; a refused connection costs a test run
     *("fsync=off", "synchronous_commit=off", "full_page_writes=off"),
     *("wal_level=minimal", "max_wal_senders=0", "wal_recycle=off", "min_wal_size=32MB"),
     "dynamic_shared_memory_type=mmap",  # in the folder, and removed with it
+    *("timezone=UTC", "log_timezone=UTC"),  # initdb would take the zone of the first caller
 )
 # After the user's own options: the log must say when the server is ready.
 LOGGING = ("logging_collector=off", "log_destination=stderr", "log_min_messages=warning")
-MAX_KEPT_KILOBYTES = 500_000
+
+MAX_EMPTY, MAX_PACKED = 3, 8  # packed data of a user: empty clusters, and those with a template
+MAX_PACKED_BYTES = 1_000_000_000  # of all that have a template
+MAX_KILOBYTES = 500_000  # of one, not packed
 
 # The watchdog, a shell script, is the parent of postgres. It reads its standard input, a pipe from
 # us. When we close the pipe, or are killed, it stops postgres and removes the folder. After the
@@ -2361,25 +2725,28 @@ WATCHDOG = f"""
 trap '' HUP INT QUIT TERM
 trap : PIPE
 umask 077
-programs=$1 folder=$2 empty=$3 kept=$4
-shift 4
+programs=$1 folder=$2 empty=$3 packed=$4 locale=$5
+shift 5
 cd "$folder" || exit
 unpack() {{
     [ -f "$1" ] && {{ tar -xf "$1" && touch "$1" || {{ rm -rf data; false; }} }}
 }}
 pack() {{
-    [ "$1" ] && [ "$(du -sk data | cut -f 1)" -lt {MAX_KEPT_KILOBYTES} ] &&
+    [ "$1" ] && [ "$(du -sk data | cut -f 1)" -lt {MAX_KILOBYTES} ] &&
         tar -cf "$1.$$" data && mv "$1.$$" "$1"
     rm -f "$1.$$"
 }}
 {{
-    unpack "$kept" || unpack "$empty" || {{ "$programs/initdb" {INITDB} && pack "$empty"; }}
+    unpack "$packed" || unpack "$empty" || {{
+        "$programs/initdb" -D data -U postgres -A trust -N -E UTF8 \\
+            --locale="$locale" --lc-messages=C && pack "$empty"
+    }}
     "$programs/postgres" -D data "$@" &
 }} </dev/null 2>&1
 exec >/dev/null
 while read -r _; do
     kill -INT $! && wait $!
-    pack "$kept" </dev/null 2>&1
+    pack "$packed" </dev/null 2>&1
     "$programs/postgres" -D data "$@" </dev/null 2>&1 &
 done
 while kill -QUIT $! && kill -CONT $!; do sleep 0.01; done
@@ -2387,123 +2754,149 @@ cd /
 rm -rf "$folder"
 """
 
+# For --tcp. Each start has its own password. Roles of --init have none, and get the same one.
+PASSWORD_SCRIPT = """
+SELECT format('ALTER ROLE %I PASSWORD %L', rolname, :'verifier') FROM pg_authid
+WHERE rolname = 'postgres' OR :'is_for_all' AND rolcanlogin AND rolpassword IS NULL \\gexec
+"""
 
-class ThrowAwayPostgres(Postgres):
-    """A server of our own, which is removed at the end with all that is in it."""
 
-    is_throw_away = True
+class ThrowAwayServer:
+    """A PostgreSQL of our own in a private folder, which is removed at the end."""
 
-    def __init__(self, options: Sequence[str], signals: Signals) -> None:
+    def __init__(self, options: PoolOptions, signals: Signals) -> None:
         import pwd
 
-        self.options, self._signals, self._programs = options, signals, find_programs()
+        self._options, self._signals, self._programs = options, signals, find_programs()
         # PG* of the caller are for another server, or for settings that this one does not have.
         ours = ("PGM_", "PGMANAGER_")
         env = os.environ.items()
-        self.env: dict[str, str] = {
-            k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")
-        }
+        self._env = {k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")}
         self._user: dict[str, Any] = {}  # for Popen: PostgreSQL refuses to run as root
         for name in ("nobody", "postgres") if os.geteuid() == 0 else ():  # the last one found
             with contextlib.suppress(KeyError):
                 user = pwd.getpwnam(name)
                 self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         self._base = os.environ.get("TMPDIR") or "/tmp"
-        room = MAX_PATH_BYTES - len(f"/{FOLDER}........./.s.PGSQL.{PORT}")
+        room = MAX_PATH_BYTES - len(f"/{FOLDER}........./.s.PGSQL.65535")
         fits = os.path.isabs(self._base) and len(os.fsencode(self._base)) <= room
         is_usable = fits and os.access(self._base, os.W_OK | os.X_OK)
         if not is_usable or (self._user and not is_open_to_all(self._base)):
-            advice = f"set it to an absolute path of at most {room} bytes, open to all, as /tmp is"
-            raise PostgresError(f"no place for PostgreSQL: TMPDIR is {self._base!r}", advice)
+            advice = f"set TMPDIR to an absolute path of at most {room} bytes, open to all users"
+            name = "TMPDIR is " if os.environ.get("TMPDIR") else ""
+            raise PostgresError(f"no place for PostgreSQL: {name}{self._base!r}", advice)
 
-    def start(self, stack: contextlib.ExitStack, key: str = "") -> None:
-        """Start the server, until the stack ends. With a key, use the data saved for that key."""
-        from urllib.parse import quote
-
+    def start(self, key: str, stack: contextlib.ExitStack) -> Postgres:
+        """Start the server, until the stack ends. With a key, use the data packed for that key."""
         for name in os.listdir(self._base):
             if name.startswith(FOLDER):
                 self._remove(f"{self._base}/{name}")
-        empty, kept = self._find_kept(key)
+        empty, packed = self._get_packed_files(key)
         try:
-            self._run(stack, empty, kept)
+            self._run(stack, empty, packed)
         except PostgresError as error:
-            # The saved data may be damaged, so remove them. But keep them if the disk is full.
+            # The packed data may be damaged, so remove them. But keep them if the disk is full.
             if not ("space left" in str(error) or "quota" in str(error)):
                 with contextlib.suppress(OSError):
-                    os.remove(kept if os.path.exists(kept) else empty)
+                    os.remove(packed if os.path.exists(packed) else empty)
             raise
-        with open(f"{self.folder}/data/PG_VERSION") as file:
-            # Without durability, file_copy takes half the time. PostgreSQL has it from 15 on.
-            self.strategy = "STRATEGY file_copy" if float(file.read()) >= 15 else ""
-        self.env["PATH"] = f"{self.env.get('PATH', os.defpath)}:{self._programs}"
-        self.env.update(PGHOST=self.folder, PGPORT=PORT, PGUSER="postgres")
+        self._postgres = Postgres(self._make_env(), f"{self.folder}/locks", is_private=True)
+        stack.callback(self._postgres.close_sessions)
+        self.set_passwords()
+        return self._postgres
+
+    def pack(self) -> None:
+        """Save the data for later starts with this key. Blocks until the server runs again."""
+        script = "SELECT spcname FROM pg_tablespace WHERE oid >= 16384;"
+        with self._postgres.session() as session:
+            if session.run(script, self._signals.wait_for):
+                say("the template is not kept, because --init made a tablespace")
+                return
+        self._postgres.close_sessions()
+        before = self._read_status()
+        self._watchdog.stdin.write(b"pack\n")
+        self._watchdog.stdin.flush()
+        deadline = time.monotonic() + 120
+        while self._read_status()[0] in (before[0], "") or self._read_status()[1] != "ready":
+            if time.monotonic() > deadline:
+                raise PostgresError("PostgreSQL did not start again", f"see {self._base}")
+            self._signals.sleep(0.01)
+
+    def set_passwords(self, *, is_for_all: bool = False) -> None:
+        """For --tcp: give the role postgres its password, or all roles that have none."""
+        if self._options.has_tcp:
+            env = {**self._postgres.env, "PGHOST": self.folder, "DATABASE_URL": ""}
+            values = {"verifier": make_verifier(self._password), "is_for_all": str(is_for_all)}
+            with contextlib.closing(Session(env)) as session:
+                session.run(PASSWORD_SCRIPT, self._signals.wait_for, **values)
+
+    def _make_env(self) -> dict[str, str]:
+        """Return the environment for programs that use the server."""
+        from urllib.parse import quote
+
+        env = {**self._env}
+        env["PATH"] = f"{env.get('PATH', os.defpath)}:{self._programs}"
+        env.update(PGHOST=self.folder, PGPORT=self._port, PGUSER="postgres")
         try:
-            scheme = split_url(self.env.get("DATABASE_URL", ""))["scheme"]
+            scheme = split_url(env.get("DATABASE_URL", ""))["scheme"]
         except UsageError:  # empty, or not of PostgreSQL
             scheme = "postgresql"
-        place = f"host={quote(self.folder, safe='')}&port={PORT}&user=postgres"
-        self.env["DATABASE_URL"] = f"{scheme}:///postgres?{place}"
+        place = f"host={quote(self.folder, safe='')}&port={self._port}&user=postgres"
+        env["DATABASE_URL"] = f"{scheme}:///postgres?{place}"
+        if self._options.has_tcp:
+            env.update(PGHOST="127.0.0.1", PGPASSWORD=self._password)
+            place = f"postgres:{self._password}@127.0.0.1:{self._port}"
+            env["DATABASE_URL"] = f"{scheme}://{place}/postgres"
+        env["PGM_EPHEMERAL_URL"] = env["DATABASE_URL"]
+        return env
 
-    def get_locks_folder(self) -> str:
-        return f"{self.folder}/locks"
+    def _get_packed_files(self, key: str) -> tuple[str, str]:
+        """Return the files for the packed data of an empty cluster and of a key.
 
-    def _find_kept(self, key: str) -> tuple[str, str]:
-        """Return the files that save an empty cluster and that of a key; remove old files.
-
-        They are "" if there is no place to save data. Other programs or another initdb command have
-        other files.
+        They are "" if there is no place to save data. Other programs or another locale have other
+        files. Old files are removed.
         """
         import zlib
 
         try:
-            place = get_private_folder(self._user.get("user"))
-        except (LockError, OSError):  # another user has taken the folder
+            place = make_private_folder(self._user.get("user"))
+        except LockError:  # another user has taken the folder
             return "", ""
         postgres = os.path.realpath(f"{self._programs}/postgres")
-        made_by = os.fsencode(f"{postgres} {os.stat(postgres).st_mtime_ns} {INITDB}")
-        empty = f"{place}/cluster-{zlib.crc32(made_by):08x}.tar"
-        kept = empty.replace(".tar", f"-{key}.tar") if key else ""
-        used = (empty, kept)
-        files = [file for file in glob.glob(f"{place}/cluster-*.tar") if file not in used]
+        made_by = f"{postgres} {os.stat(postgres).st_mtime_ns} {self._options.locale}"
+        empty = f"{place}/cluster-{zlib.crc32(os.fsencode(made_by)):08x}.tar"
+        packed = empty.replace(".tar", f"-{key}.tar") if key else ""
         with contextlib.suppress(FileNotFoundError):  # another run removes them too
-            files.sort(key=lambda file: os.stat(file).st_mtime, reverse=True)
-            for file in files[max(MAX_KEPT - len({*used} - {""}), 0) :]:
-                os.remove(file)
+            remove_old_files(f"{place}/cluster-????????.tar", empty, MAX_EMPTY)
+            remove_old_files(f"{place}/cluster-*-*.tar", packed, MAX_PACKED, MAX_PACKED_BYTES)
         for file in glob.glob(f"{place}/cluster-*.tar.*"):  # of a watchdog that was killed
             with contextlib.suppress(ValueError, PermissionError, FileNotFoundError):
                 try:
                     os.kill(int(file.rpartition(".")[2]), 0)
                 except ProcessLookupError:
                     os.remove(file)
-        return empty, kept
+        return empty, packed
 
-    def _run(self, stack: contextlib.ExitStack, empty: str, kept: str) -> None:
+    def _run(self, stack: contextlib.ExitStack, empty: str, packed: str) -> None:
         """Run the server in a folder of its own; return when it accepts connections."""
         import subprocess
-        import tempfile
 
-        while True:
-            self.folder = tempfile.mkdtemp(prefix=FOLDER, dir=self._base)
-            # Until we have locked the folder, another start may remove it as a leftover.
-            with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                alive = os.open(self.folder, os.O_RDONLY)
-                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.lstat(self.folder)
-                break
-        stack.callback(self._remove, self.folder)  # if the watchdog was killed
-        stack.callback(os.close, alive)
-        os.mkdir(f"{self.folder}/locks")
+        alive = self._make_folder(stack)
         programs = self._programs
         if self._user:
             for folder in (self.folder, f"{self.folder}/locks"):  # the watchdog removes them
                 os.chown(folder, self._user["user"], self._user["group"])
             programs = copy_within_reach(programs, self.folder)
-        settings = [f"-c{setting}" for setting in SETTINGS]
-        settings += [f"-cunix_socket_directories={quote_identifier(self.folder)}", *self.options]
-        settings += [f"-c{setting}" for setting in LOGGING]
+        settings = [*SETTINGS, f"unix_socket_directories={quote_identifier(self.folder)}"]
+        words = [f"-c{setting}" for setting in settings]
+        words += [*self._options.server_options, *(f"-c{setting}" for setting in LOGGING)]
+        words += [f"-c{setting}" for setting in self._choose_address(stack)]
         watchdog: Any = subprocess.Popen(
-            ["/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, empty, kept, *settings],
-            env={**self.env, "LC_ALL": "C"},  # the language of the log
+            [
+                *("/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, empty, packed),
+                *(self._options.locale, *words),
+            ],
+            env={**self._env, "LC_ALL": "C"},  # the language of the log
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=alive,
@@ -2528,16 +2921,35 @@ class ThrowAwayPostgres(Postgres):
 
         threading.Thread(target=drain, daemon=True).start()
 
-    def pack(self) -> None:
-        """Save the server's data for later starts with this key. Blocks until it runs again."""
-        before = self._read_status()
-        self._watchdog.stdin.write(b"pack\n")
-        self._watchdog.stdin.flush()
-        deadline = time.monotonic() + 120
-        while self._read_status()[0] in (before[0], "") or self._read_status()[1] != "ready":
-            if time.monotonic() > deadline:
-                raise PostgresError("PostgreSQL did not start again", f"see {self._base}")
-            self._signals.sleep(0.01)
+    def _make_folder(self, stack: contextlib.ExitStack) -> int:
+        """Make the private folder, and lock it, so that no start removes it as a leftover."""
+        import tempfile
+
+        while True:
+            self.folder = tempfile.mkdtemp(prefix=FOLDER, dir=self._base)
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):  # it was just removed
+                alive = os.open(self.folder, os.O_RDONLY)
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.mkdir(f"{self.folder}/locks")
+                stack.callback(self._remove, self.folder)  # if the watchdog was killed
+                stack.callback(os.close, alive)
+                return alive
+
+    def _choose_address(self, stack: contextlib.ExitStack) -> list[str]:
+        """Return the settings that say where the server listens. With TCP, hold a free port."""
+        self._port = PORT
+        if not self._options.has_tcp:
+            return [f"port={PORT}", "listen_addresses="]
+        self._password = os.urandom(16).hex()
+        # PostgreSQL also sets SO_REUSEADDR, so it can bind beside us, and nobody else has the port.
+        held = stack.enter_context(socket.socket())
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        self._port = str(held.getsockname()[1])
+        with open(f"{self.folder}/hba", "w") as file:
+            file.write("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
+        os.chmod(file.name, 0o644)  # the folder is private
+        return [f"port={self._port}", "listen_addresses=127.0.0.1", f"hba_file={file.name}"]
 
     def _read_status(self) -> tuple[str, str]:
         """Return the server's process id and its status, as pg_ctl(1) reads them."""
@@ -2563,6 +2975,33 @@ class ThrowAwayPostgres(Postgres):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_old_files(pattern: str, used: str, count: int, size: int = sys.maxsize) -> None:
+    """Remove all but the files used last, of this count and size in bytes, and the one in use."""
+    files = [(os.stat(file), file) for file in glob.glob(pattern) if file != used]
+    for status, file in sorted(files, key=lambda item: item[0].st_mtime, reverse=True):
+        count, size = count - 1, size - status.st_size
+        if count < 1 or size < 0:  # the one in use has a place too
+            os.remove(file)
+
+
+def make_verifier(password: str) -> str:
+    """Return what PostgreSQL stores of a password: a verifier of SCRAM-SHA-256 (RFC 5802)."""
+    import base64
+    import hashlib
+    import hmac
+
+    salt = os.urandom(16)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 4096)
+    client_key, server_key = (
+        hmac.new(salted, text, "sha256").digest() for text in (b"Client Key", b"Server Key")
+    )
+    stored_key = hashlib.sha256(client_key).digest()
+    salt64, stored64, server64 = (
+        base64.b64encode(part).decode() for part in (salt, stored_key, server_key)
+    )
+    return f"SCRAM-SHA-256$4096:{salt64}${stored64}:{server64}"
+
+
 def is_open_to_all(path: str) -> bool:
     """Tell whether every user may enter all folders of a path and execute what is at its end."""
     parts = os.path.realpath(path).split("/")
@@ -2585,29 +3024,63 @@ def copy_within_reach(programs: str, folder: str) -> str:
     return f"{target}/{root}/{last}"
 
 
-# ---------------------------------------------------------------------------------- Commands
+def set_up_databases(
+    options: PoolOptions, signals: Signals, stack: contextlib.ExitStack
+) -> tuple[Postgres, list[str], Preparer | None]:
+    """Start PostgreSQL, claim the prefix and make the template, as far as the options say.
 
-
-def choose_preparation(**given: str | None) -> tuple[str, str]:
-    """Return which of init, template and prepare is used, and its value; or ("", "").
-
-    If one is given, the variables PGM_INIT, PGM_TEMPLATE and PGM_PREPARE are ignored.
+    Return the server, the names of the pool, and what prepares their databases.
     """
-    kinds = [kind for kind in given if given[kind] is not None] or list(given)
-    settings = {kind: get_setting(given[kind], f"PGM_{kind.upper()}") for kind in kinds}
-    found = [(kind, *settings[kind]) for kind in kinds if settings[kind][0] is not None]
-    if len(found) > 1:
-        names = " and ".join(kind for kind, _, _ in found)
-        raise UsageError(f"both {names}: each makes a database ready", "give one")
-    for kind, value, source in found:
-        if not value or not value.strip() or "\0" in value:
-            problem = f"bad {kind}: {value!r}{source}"
-            raise UsageError(problem, "give a database, a file or a command")
-        return kind, value
-    return "", ""
+    prefix, kind, template = options.prefix, options.kind, ""
+    source, key, server, claim, role = None, "", None, None, "postgres"
+    if kind == "init":
+        extra = " ".join(options.server_options)
+        source = InitSource(options.values, options.depends, extra)
+        template = source.get_template_name(prefix, role)
+        check_name_length(template, "choose a shorter prefix: --init makes this template")
+        key = template[-8:] if source.is_kept else ""
+        if options.is_verbose:
+            say(f"the template is made from {', '.join(source.files or options.values)}")
+    elif kind == "template":
+        template = options.values[0]
+        check_template_name(template, make_names(prefix, options.count))
+    if options.is_ephemeral:
+        server = ThrowAwayServer(options, signals)
+        postgres = server.start(key, stack)
+    else:
+        postgres = Postgres({**os.environ})
+        stack.callback(postgres.close_sessions)
+    try:
+        if template and not postgres.is_private:
+            claim = Claim(postgres, prefix)
+            stack.callback(claim.close)
+            prefix, role = claim.choose_prefix(signals.wait_for), claim.role
+        if kind == "template":
+            check_template_exists(postgres, template, signals)
+    except PostgresError:
+        if kind == "init":
+            raise
+        # PostgreSQL may come up later. Each copy makes sure of the claim first.
+    if source:
+        templates = Templates(prefix, role, postgres, signals)
+        template, is_made = templates.find_or_make(source, options.is_rebuild, stack)
+        if server and is_made and key:
+            server.pack()
+    if server:
+        server.set_passwords(is_for_all=True)
+    names = make_names(prefix, options.count)
+    if kind == "template":
+        check_template_name(template, names)
+    if kind == "prepare":
+        return postgres, names, Preparer(postgres, command=options.values[0])
+    if template:
+        return postgres, names, Preparer(postgres, template=template, claim=claim)
+    if postgres.is_private:
+        postgres.create_empty(names)
+    return postgres, names, None
 
 
-def check_template(template: str, names: Sequence[str]) -> None:
+def check_template_name(template: str, names: Sequence[str]) -> None:
     """Refuse a template that PostgreSQL would truncate, or that is a database of the pool."""
     check_name_length(template, "give the name of the template as PostgreSQL has it")
     if template in names:
@@ -2615,125 +3088,49 @@ def check_template(template: str, names: Sequence[str]) -> None:
         raise UsageError(problem, "choose another prefix, or it would be dropped")
 
 
-class Plan:
-    """How the databases of a pool are made fresh, as options and environment say."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.kind, self.value = choose_preparation(
-            init=args.init, template=args.template, prepare=args.prepare
-        )
-        self.depends: list[str] = args.depends or []
-        for option, is_given in (("--depends", self.depends), ("--rebuild", args.rebuild)):
-            if is_given and self.kind != "init":
-                raise UsageError(f"{option} without --init", "give both")
-        if not self.depends:
-            self.depends = list(filter(None, os.environ.get("PGM_DEPENDS", "").split(":")))
-        self.is_rebuild, self.is_verbose = args.rebuild, args.verbose
-        self.template = ""  # its name, once it is known
-
-    def start(
-        self,
-        names: Sequence[str],
-        postgres: Postgres,
-        signals: Signals,
-        stack: contextlib.ExitStack,
-    ) -> Preparer | None:
-        """Start PostgreSQL and make the template, if need be; return what prepares databases."""
-        kind, templates = self.kind, Templates(names[0][:-1], postgres, signals)
-        if kind == "init":
-            kind, self.template = "template", self._make_template(templates, postgres, stack)
-        else:
-            if kind == "template":
-                check_template(self.value, names)
-                self.template = self.value
-            postgres.start(stack)
-            if not kind and postgres.is_throw_away:
-                templates.create_empty(names)
-        return Preparer(kind, self.template or self.value, postgres) if kind else None
-
-    def _make_template(
-        self, templates: Templates, postgres: Postgres, stack: contextlib.ExitStack
-    ) -> str:
-        """Start PostgreSQL; find or make the template of --init, and return its name."""
-        source = InitSource(self.value, self.depends, " ".join(postgres.options))
-        name = source.get_template_name(templates.prefix, "postgres")
-        check_name_length(name, "choose a shorter prefix: --init makes this template")
-        if self.is_verbose:
-            say(f"the template is made from {', '.join(source.sources) or self.value}")
-        key = name[-8:] if source.is_kept else ""
-        postgres.start(stack, key)
-        template, is_made = templates.find_or_make(source, self.is_rebuild, stack)
-        if is_made and template.endswith(f"template_{key}"):
-            postgres.pack()
-        return template
+def check_template_exists(postgres: Postgres, template: str, signals: Signals) -> None:
+    """Raise UsageError if there is no such database; PostgresError if the server does not say."""
+    script = "SELECT 1 FROM pg_database WHERE datname = :'template';"
+    with postgres.session() as session:
+        if not session.run(script, signals.wait_for, template=template):
+            raise UsageError(f"no such template: {template}", "create it first, or use --init")
 
 
-def serving(
-    prefix: str | None = None,
-    count: int | str | None = None,
-    *,
-    template: str | None = None,
-    prepare: str | None = None,
-    socket_path: str | None = None,
-) -> contextlib.AbstractContextManager[Server]:
-    """Serve a pool in this process; yield the server, whose ``path`` is that of the socket.
-
-    Arguments that are None come from the environment, as for the commands; PGM_INIT is not read.
-    Daemon threads serve the pool until the block ends. Then every client is disconnected and the
-    socket removed. Raises UsageError, SocketError or LockError.
-    """
-    names = get_names(prefix, None if count is None else str(count))
-    kind, value = choose_preparation(template=template, prepare=prepare)
-    if kind == "template":
-        check_template(value, names)
-    postgres = Postgres()
-    preparer = Preparer(kind, value, postgres) if kind else None
-    path = get_socket_path(socket_path)
-    return serve_pool("serving", names, preparer, path, postgres.get_locks_folder())
+# ---------------------------------------------------------------------------------- Commands
 
 
-@contextlib.contextmanager
-def serve_pool(
+def start_server(
     command: str,
-    names: Sequence[str],
-    preparer: Preparer | None,
     path: str,
-    folder: str,
-) -> Iterator[Server]:
-    """Serve a pool on a socket, by a daemon thread, until the block ends."""
-    if preparer and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        advice = "set it to signal.SIG_DFL before databases are prepared"
-        raise UsageError("SIGCHLD is ignored, so exit statuses are lost", advice)
-    with contextlib.ExitStack() as stack:
-        locks = Locks(folder)
-        stack.callback(locks.close)
-        remove_sockets_of_killed_servers()
-        prepare = preparer.prepare if preparer else None
-        server = Server(path, names, locks, prepare, command)
-        stack.callback(server.server_close)
-        if preparer:
-            stack.callback(preparer.stop)
-        thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(server.shutdown)
-        owner = os.getpid()
-        try:
-            yield server
-        finally:
-            # In a forked child everything belongs to the parent. When Python ends, its daemon
-            # threads are frozen, and to wait for them would take for ever.
-            if os.getpid() != owner or sys.is_finalizing():
-                stack.pop_all()
+    listener: socket.socket,
+    names: Sequence[str],
+    postgres: Postgres,
+    preparer: Preparer | None,
+    stack: contextlib.ExitStack,
+) -> Server:
+    """Serve a pool, by a daemon thread, until the stack ends."""
+    locks = Locks(postgres.locks_folder)
+    stack.callback(locks.unlock_folder)
+    prepare = preparer.prepare if preparer else None
+    server = Server(command, path, listener, names, locks, prepare)
+    stack.callback(server.server_close)
+    if preparer:
+        stack.callback(preparer.stop)
+    thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(server.shutdown)
+    return server
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    names, path, plan = get_names(args.prefix, args.count), get_socket_path(args.socket), Plan(args)
-    postgres, signals = Postgres(), Signals()
+    options, signals = PoolOptions(args), Signals()
+    make_names(options.prefix, options.count)  # raises if there is no prefix
     with contextlib.ExitStack() as stack:
-        preparer = plan.start(names, postgres, signals, stack)
-        locks = postgres.get_locks_folder()
-        server = stack.enter_context(serve_pool("serve", names, preparer, path, locks))
+        # The socket comes first: if it is in use, no template has been made in vain.
+        listener = bind_socket(options.path, stack)
+        postgres, names, preparer = set_up_databases(options, signals, stack)
+        server = start_server("serve", options.path, listener, names, postgres, preparer, stack)
         say(describe_pool(server))
         while signals.ended_by is None:
             signals.get_next()
@@ -2753,58 +3150,69 @@ def describe_totals(status: Mapping[str, Any]) -> str:
 
 
 def run_wrap(args: argparse.Namespace) -> int:
-    import shlex
-
-    if args.server_options is not None and not args.ephemeral:
-        raise UsageError("--server-options without --ephemeral", "give both")
-    try:
-        options = shlex.split(get_setting(args.server_options, "PGM_SERVER_OPTIONS")[0] or "")
-    except ValueError as error:
-        raise UsageError(f"bad server options: {error}", "write them as for a shell") from None
-    if args.ephemeral and args.prefix is None:
-        args.prefix = os.environ.get("PGM_DATABASE_PREFIX", "test_")
-    # Refuse bad values first. If we use the pool of another server, no prefix is needed.
-    path, plan = get_socket_path(args.socket), Plan(args)
-    get_names("any" if args.prefix is None else args.prefix, args.count)
-    signals = Signals()
-    postgres = ThrowAwayPostgres(options, signals) if args.ephemeral else Postgres()
+    options, signals = PoolOptions(args), Signals()
+    if not options.is_ephemeral:
+        env_for("postgres")  # raises before anything starts
+        if uses_running_pool(options):
+            env = {**os.environ, "PGM_SOCKET": options.path, "PGMANAGER_SOCKET": options.path}
+            if not is_outer_wrap(options.path):
+                env.pop("PGM_TEMPLATE_DATABASE", None)
+            return run_command(args.words, signals, env=env)
+    make_names(options.prefix, options.count)  # raises if there is no prefix
     with contextlib.ExitStack() as stack:
-        server = None
-        if args.ephemeral or not should_join_pool(path, args):
-            server = serve_for_wrap(args, plan, postgres, signals, stack, path)
-        env = {**postgres.env}
-        if server is not None or not is_outer_wrap(path):
-            env.pop("PGM_TEMPLATE_DATABASE", None)
-        if plan.template:
-            env["PGM_TEMPLATE_DATABASE"] = plan.template
-        path = path if server is None else server.path
-        env.update(PGM_SOCKET=path, PGMANAGER_SOCKET=path)
-        returncode = signals.run(args.words, env=env)
-        if server is not None:
-            if held := server.get_held_names():
-                say(f"still leased after the command has ended: {', '.join(held)}")
-            if returncode == 0 and not server.status()["leases"]:
-                say("no lease was taken: the command used none of exec, acquire, pytest -p")
-            if args.verbose:
-                say(describe_totals(server.status()))
+        # The socket comes first: if it is in use, no template has been made in vain.
+        path, listener = bind_wrap_socket(options, stack)
+        postgres, names, preparer = set_up_databases(options, signals, stack)
+        server = start_server("wrap", path, listener, names, postgres, preparer, stack)
+        if options.is_verbose:
+            say(describe_pool(server))
+        env = {**postgres.env, "PGM_SOCKET": path, "PGMANAGER_SOCKET": path}
+        env.pop("PGM_TEMPLATE_DATABASE", None)
+        if preparer and preparer.template:
+            env["PGM_TEMPLATE_DATABASE"] = preparer.template
+        returncode = run_command(args.words, signals, env=env)
+        if held := server.get_held_names():
+            say(f"still leased after the command has ended: {', '.join(held)}")
+        if not server.status()["leases"]:
+            say("no lease was taken: the command used none of exec, acquire, pytest -p")
+        if returncode and preparer is None and not postgres.is_private:
+            report_missing_databases(postgres, names)
+        if options.is_verbose:
+            say(describe_totals(server.status()))
     return returncode
 
 
-def get_status_of(path: str) -> dict[str, Any] | None:
-    """Return the status of the server at a path, None if a server can be started there.
+def uses_running_pool(options: PoolOptions) -> bool:
+    """Tell whether to use a pool that runs at the path: a serve's, or that of the wrap around us.
 
-    Raises SocketError if there is anything else.
+    Says in one line which settings are not used for that reason. Raises SocketError if what is at
+    the path is neither that nor another wrap's pool.
     """
-    check_no_other_file(path)
+    check_no_other_file(options.path)
     for _ in range(3):  # a server that is just ending gives no status; then look again
         try:
-            status = observe(path, seconds=2)
+            status = observe(options.path, seconds=2)
         except ServerError:
-            return None
+            return False
         if status is not None:
-            return status
-    problem = f"socket is in use: {path}: what serves there gives no status"
-    raise SocketError(problem, "end it, or choose another socket")
+            break
+    else:
+        problem = f"socket is in use: {options.path}: what serves there gives no status"
+        raise SocketError(problem, "end it, or choose another socket with -s")
+    if status["command"] != "serve" and not is_outer_wrap(options.path):
+        return False
+    unused = list(options.given)
+    count, first_name = len(status["databases"]), status["databases"][0]["name"]
+    # A prefix that another host has already is continued with host2_, host3_ ...
+    pattern = f"{re.escape(options.prefix)}(host[0-9]+_)?0"
+    if "--prefix" not in unused and options.prefix and not re.fullmatch(pattern, first_name):
+        unused.append("PGM_DATABASE_PREFIX")
+    if "--count" not in unused and os.environ.get("PGM_DATABASE_COUNT", str(count)) != str(count):
+        unused.append("PGM_DATABASE_COUNT")
+    if unused:
+        whose = f"this uses the pool of the {status['command']} at {options.path}"
+        say(f"not used: {', '.join(unused)}; {whose}; for a second pool give -s PATH")
+    return True
 
 
 def is_outer_wrap(path: str) -> bool:
@@ -2812,66 +3220,39 @@ def is_outer_wrap(path: str) -> bool:
     return {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
 
 
-def should_join_pool(path: str, args: argparse.Namespace) -> bool:
-    """Tell whether to use the pool at a path: a serve's, or that of the wrap around us.
+def bind_wrap_socket(
+    options: PoolOptions, stack: contextlib.ExitStack
+) -> tuple[str, socket.socket]:
+    """Bind the socket of a wrap; return its path and it.
 
-    Says in one line which options are not used for that reason.
+    It is a private one if another server has the path, unless --socket named the path.
     """
-    status = get_status_of(path)
-    if status is None:
-        return False
-    if status["command"] != "serve" and not is_outer_wrap(path):
-        if args.socket is not None:
-            raise SocketInUse(
-                f"socket is in use: {path}", "end what serves there, or choose another"
-            )
-        return False
-    options = ("prefix", "count", "init", "depends", "rebuild", "template", "prepare")
-    unused = [f"--{option}" for option in options if getattr(args, option)]
-    names = [row["name"] for row in status["databases"]]
-    for variable, ours, theirs in (
-        ("PGM_DATABASE_PREFIX", args.prefix, names[0][:-1]),
-        ("PGM_DATABASE_COUNT", args.count, str(len(names))),
-    ):
-        if ours is None and os.environ.get(variable, theirs) != theirs:
-            unused.append(variable)
-    if unused:
-        whose = f"this uses the pool of the {status['command']} at {path}"
-        say(f"not used: {', '.join(unused)}; {whose}; for a second pool give -s PATH")
-    return True
-
-
-def serve_for_wrap(
-    args: argparse.Namespace,
-    plan: Plan,
-    postgres: Postgres,
-    signals: Signals,
-    stack: contextlib.ExitStack,
-    path: str,
-) -> Server:
-    """Serve a pool until the stack ends.
-
-    It has a private socket if another wrap has the path, unless --socket named the path.
-    """
-    names = get_names(args.prefix, args.count)
-    preparer = plan.start(names, postgres, signals, stack)
-    locks = postgres.get_locks_folder()
-    private = (f"{get_private_folder()}/wrap-{number}.sock" for number in itertools.count(1))
-    is_private = postgres.is_throw_away and args.socket is None
-    for each in private if is_private else itertools.chain((path,), private):
+    if options.is_path_given or not options.is_ephemeral:
         try:
-            server = stack.enter_context(serve_pool("wrap", names, preparer, each, locks))
-            break
+            return options.path, bind_socket(options.path, stack)
         except SocketInUse:
-            if args.socket is not None:
+            if options.is_path_given:
                 raise
-    if args.verbose:
-        say(describe_pool(server))
-    return server
+    number = 0
+    while True:
+        number += 1
+        path = f"{make_private_folder()}/wrap-{number}.sock"
+        with contextlib.suppress(SocketInUse):
+            return path, bind_socket(path, stack)
+
+
+def report_missing_databases(postgres: Postgres, names: Sequence[str]) -> None:
+    """Say which databases of a plain pool do not exist, if PostgreSQL tells."""
+    with contextlib.suppress(PostgresError), postgres.session() as session:
+        rows = session.run("SELECT datname FROM pg_database;")
+        if missing := [name for name in names if [name] not in rows]:
+            text = f"these databases do not exist: {', '.join(missing[:8])}"
+            advice = "give --init or --template, or create them with wrap-each -x -- createdb"
+            say(f"{text}; {advice}")
 
 
 def run_wrap_each(args: argparse.Namespace) -> int:
-    names = get_names(args.prefix, args.count)
+    names = make_names(get_prefix(args.prefix), get_count(args.count))
     jobs = 1 if args.jobs is None else parse_number(args.jobs, "number of jobs")
     env_for(names[0])  # raises before anything starts
     signals = Signals()
@@ -2885,12 +3266,12 @@ def run_wrap_each(args: argparse.Namespace) -> int:
             words = [*args.words, name] if args.xargs else args.words
             env = {**env_for(name), "PGM_DATABASE_SHARD": str(shard), "PGM_SHARD": str(shard)}
             try:
-                running[signals.start(words, env=env)] = shard
+                running[start_command(words, signals, env=env)] = shard
             except (CommandError, Interrupted) as error:
                 todo.clear()
                 start_error = error if isinstance(error, CommandError) else start_error
             continue
-        process = signals.wait(running)
+        process = wait_for_command(running, signals)
         shard, status = running.pop(process), get_shell_status(process.returncode)
         if args.verbose:
             say(f"{names[shard]}: exit status {status}")
@@ -2938,7 +3319,7 @@ def run_status(args: argparse.Namespace) -> int:
         if args.socket is not None or {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
             raise
         answers = []
-        for each in get_server_sockets():
+        for each in list_socket_paths():
             with contextlib.suppress(ServerError):  # it has ended
                 answers.append(observe(each))
         if not answers:
@@ -2994,8 +3375,9 @@ def make_parser() -> argparse.ArgumentParser:
     named.add_argument("--count", metavar="N", help=text)
 
     pool = parent(named)
-    text = "make a template once, with an SQL file or a shell command; each lease gets a fresh copy"
-    pool.add_argument("--init", metavar="FILE|CMD", help=f"{text} [PGM_INIT]")
+    text = "make a template once, with an SQL file, a folder of them, or a shell command; may be"
+    text += " repeated; each lease gets a fresh copy"
+    pool.add_argument("--init", metavar="FILE|CMD", action="append", help=f"{text} [PGM_INIT]")
     text = (
         "what --init reads: a file, a folder, or a pattern with **; may be repeated [PGM_DEPENDS]"
     )
@@ -3037,6 +3419,10 @@ def make_parser() -> argparse.ArgumentParser:
     wrap.add_argument("--ephemeral", action="store_true", help=text)
     text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
     wrap.add_argument("--server-options", metavar="OPTIONS", help=text)
+    text = "for its initdb [PGM_LOCALE; C]"
+    wrap.add_argument("--locale", metavar="LOCALE", help=text)
+    text = "let it listen on 127.0.0.1 too, with a password [PGM_TCP=1]"
+    wrap.add_argument("--tcp", action="store_true", help=text)
 
     example = "--prefix app_test_ -x -- dropdb --if-exists"
     each = add_command("wrap-each", run_wrap_each, named, "run COMMAND for each database", example)

@@ -426,7 +426,7 @@ def main() -> None:
             print(f"\n{groups[name].__doc__}")
             with contextlib.ExitStack() as stack:
                 groups[name](stack)
-        private = pgmanager.get_private_folder()
+        private = pgmanager.make_private_folder()
         shutil.rmtree(f"{private}/{os.environ['PGPORT']}", ignore_errors=True)
         for file in glob.glob(f"{private}/{pgmanager.SOCKET_LOCKS}/*{os.path.basename(folder)}*"):
             os.remove(file)
