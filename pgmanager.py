@@ -123,6 +123,10 @@ class SocketError(Error):
 class SocketInUse(SocketError):
     """Another process listens at this path, or is about to."""
 
+    def __init__(self, path: str) -> None:
+        advice = "end what serves there, or choose another with -s"
+        super().__init__(f"socket is in use: {path}", advice)
+
 
 class LockError(Error):
     """Lock files cannot be used: their folder is not ours alone, or does not support locks."""
@@ -1185,20 +1189,17 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
 
     A dead socket is replaced. Raises SocketInUse if the path is in use, else SocketError.
     """
+    for leftover in list_socket_paths():
+        with contextlib.suppress(SocketError, OSError), locked_socket_path(leftover):
+            pass
     try:
-        for leftover in list_socket_paths():
-            with contextlib.suppress(SocketError, OSError):  # in use, or no longer ours
-                remove_left_socket(leftover)
         with contextlib.ExitStack() as inner:
-            lock = lock_socket_path(path)
-            inner.callback(close_lock, lock)
-            remove_dead_socket(path, lock)
+            lock = inner.enter_context(locked_socket_path(path))
             folder, made = os.path.dirname(path), []
             while not os.path.lexists(folder):
                 made.append(folder)
                 folder = os.path.dirname(folder)
             os.pwrite(lock, os.fsencode("\0".join((path, *made))), 0)
-            inner.callback(remove_own_socket, path, lock)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             listener = inner.enter_context(socket.socket(socket.AF_UNIX))
             # On Linux the socket then has this mode from the first moment; macOS ignores it.
@@ -1206,25 +1207,37 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
                 os.fchmod(listener.fileno(), 0o600)
             listener.bind(path)
             os.chmod(path, 0o600)
-            stack.enter_context(inner.pop_all())
             listener.setblocking(False)  # a client may end before accept() returns it
+            stack.enter_context(inner.pop_all())
             return listener
     except OSError as error:
         problem = f"cannot serve: {path}: {error.strerror}"
         raise SocketError(problem, "choose another socket with -s") from error
 
 
-def lock_socket_path(path: str) -> int:
-    """Lock a socket's path, or raise SocketInUse."""
+@contextlib.contextmanager
+def locked_socket_path(path: str) -> Iterator[int]:
+    """Lock the path of a socket. Remove a dead socket there, at the beginning and at the end.
+
+    Raises SocketInUse if somebody has the lock or listens at the path, else SocketError.
+    """
     check_no_other_file(path)
     folder, file = os.path.split(path)
     real = os.path.join(os.path.realpath(folder), file)  # one spelling, whatever links there are
     locks = os.path.join(make_private_folder(), SOCKET_LOCKS)
     try:
-        return take_lock(os.path.join(locks, make_file_name(real)))
+        lock = take_lock(os.path.join(locks, make_file_name(real)))
     except BlockingIOError:
-        problem = f"socket is in use: {path}"
-        raise SocketInUse(problem, "end what serves there, or choose another with -s") from None
+        raise SocketInUse(path) from None
+    try:
+        remove_dead_socket(path, lock)
+        try:
+            yield lock
+        finally:
+            with contextlib.suppress(SocketError, OSError):  # another program now has the path
+                remove_dead_socket(path, lock)
+    finally:
+        close_lock(lock)
 
 
 def check_no_other_file(path: str) -> None:
@@ -1243,18 +1256,13 @@ def remove_dead_socket(path: str, lock: int) -> None:
     The caller has the lock of the path. Raises SocketError if somebody listens.
     """
     check_no_other_file(path)
-    is_dead = False
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:  # a full backlog is an answer too: somebody listens
-            pass
-        except (FileNotFoundError, ConnectionRefusedError):
-            is_dead = True
-    if not is_dead:
-        problem = f"socket is in use: {path}"
-        raise SocketInUse(problem, "end what serves there, or choose another with -s")
+        error = probe.connect_ex(path)
+    if error in (0, errno.EAGAIN):  # EAGAIN: somebody listens, and the backlog is full
+        raise SocketInUse(path)
+    if error not in (errno.ENOENT, errno.ECONNREFUSED):
+        raise OSError(error, os.strerror(error))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     _, *made = os.fsdecode(os.pread(lock, 65536, 0)).split("\0")
@@ -1262,20 +1270,6 @@ def remove_dead_socket(path: str, lock: int) -> None:
         for folder in made:  # the innermost first
             os.rmdir(folder)
     os.ftruncate(lock, 0)
-
-
-def remove_own_socket(path: str, lock: int) -> None:
-    with contextlib.suppress(SocketError, OSError):  # another program now has the path
-        remove_dead_socket(path, lock)
-
-
-def remove_left_socket(path: str) -> None:
-    """Remove what a killed server has left at a path."""
-    lock = lock_socket_path(path)
-    try:
-        remove_dead_socket(path, lock)
-    finally:
-        close_lock(lock)
 
 
 def list_socket_paths() -> list[str]:

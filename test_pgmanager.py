@@ -146,14 +146,14 @@ def served(path: str, *words: str, prefix: str = "db", **options: Any) -> Iterat
 
 
 @contextlib.contextmanager
-def serving(path: str, count: int = 1) -> Iterator[pgmanager.Server]:
+def serving(path: str, count: int = 1, prepare: Any = None) -> Iterator[pgmanager.Server]:
     """Serve names from this process, by a thread of it."""
     with contextlib.ExitStack() as stack:
         listener = pgmanager.bind_socket(path, stack)
         locks = pgmanager.Locks(lock_file(""))
         stack.callback(locks.unlock_folder)
         names = [f"db{shard}" for shard in range(count)]
-        server = pgmanager.Server("serve", path, listener, names, locks)
+        server = pgmanager.Server("serve", path, listener, names, locks, prepare)
         stack.callback(server.server_close)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -555,6 +555,19 @@ def test_every_name_has_its_own_lock_file_in_the_same_folder(two_locks: TwoLocks
     files = set(Path(lock_file("")).iterdir())  # closing has not removed them
     assert files == {Path(ours.path(name)) for name in names}
     assert len(files) == len(names)
+
+
+def test_a_message_is_said_once_and_not_more_than_some_hundred_different_ones() -> None:
+    code = "import pgmanager; [pgmanager.say_once(f'error {n % 999}') for n in range(9999)]"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert said == "".join(f"pgmanager: error {n}\n" for n in range(pgmanager.MAX_SAID))
+
+
+@linux
+def test_databases_are_prepared_on_no_more_processors_than_we_may_use() -> None:
+    code = "import os, pgmanager; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    code += "; print(pgmanager.count_processors())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 
 
 def test_the_ports_of_postgresql_name_the_folder_of_the_lock_files(monkeypatch: Patch) -> None:
@@ -1007,6 +1020,60 @@ def test_a_server_never_replaces_anything_but_a_dead_socket(folder: Path) -> Non
                     pgmanager.bind_socket(str(path), contextlib.ExitStack())
                 assert os.path.samestat(path.lstat(), before)
     assert (folder / "file").read_text() == "precious"
+
+
+def test_the_real_path_of_a_socket_may_be_longer_than_the_name_of_a_file(folder: Path) -> None:
+    real = folder / ("x" * 150) / ("x" * 150)
+    real.mkdir(parents=True)
+    (folder / "link").symlink_to(real)
+    path = str(folder / "link" / "s")
+    with served(path) as process:
+        busy = run("serve", "-s", path, "--prefix", "db")
+        assert (busy.returncode, is_one_line(busy.stderr)) == (125, True)
+        assert f"socket is in use: {path}; end what serves there" in busy.stderr
+        process.kill()
+        process.wait()
+    with served(path) as process:
+        ended(process)
+    assert not os.path.lexists(path)
+
+
+def test_a_socket_in_use_is_found_out_before_anything_is_made(folder: Path, path: str) -> None:
+    init = ("--init", f"touch {folder}/began")
+    with served(path):
+        for words in (("serve",), ("wrap", "--ephemeral")):
+            end = ("--", "true") if words[0] == "wrap" else ()
+            done = run(*words, "-s", path, "--prefix", "db", *init, *end)
+            assert (done.returncode, done.stdout) == (125, "")
+            assert f"socket is in use: {path}; " in done.stderr
+    assert not (folder / "began").exists()
+
+
+def test_a_client_to_which_no_grant_can_be_sent_loses_the_name(server: Process, path: str) -> None:
+    with connected(path, 4) as clients:
+        deaf = clients[2]
+        deaf.shutdown(socket.SHUT_RD)  # now the server cannot send, and the client does not end
+        wait_for_waiters(path, 2)
+        clients[0].close()
+        assert name_of(clients[3]) == "db0"
+        assert deaf.recv(1) == b""
+
+
+@pytest.mark.parametrize("problem", [KeyError("PGPORT"), AssertionError()])
+def test_a_preparation_that_raises_makes_the_name_broken_and_is_tried_again(
+    problem: Exception, path: str
+) -> None:
+    problems = [problem]
+
+    def prepare(name: str, lock: int) -> None:
+        if problems:
+            raise problems.pop()
+
+    with serving(path, 1, prepare):
+        with connect(path) as client:
+            answer = client.recv(1024).decode()
+            assert answer == f"EMPTY:cannot prepare db0: {problem!r}"
+        wait_until(lambda: states(path) == ["free"], "the second try")
 
 
 def test_exactly_one_of_several_servers_that_start_at_once_serves(folder: Path) -> None:
@@ -2151,6 +2218,18 @@ def test_wrap_warns_if_init_makes_nothing(
 
 
 @needs_postgres
+def test_each_of_runs_that_start_together_makes_a_template_that_is_not_kept_once(
+    cluster: Cluster,
+) -> None:
+    words = ("wrap", "--init", f"echo >> inits; {CREATE}", "--", *query_lease(TABLES))
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(started(*words)) for _ in range(6)]
+        assert [run.communicate(timeout=DEADLINE * 2)[0] for run in runs] == ["made\n"] * 6
+    assert Path("inits").read_text() == "\n" * 6
+    assert not cluster.templates()
+
+
+@needs_postgres
 def test_an_init_whose_files_change_meanwhile_is_an_error_and_leaves_no_template(
     cluster: Cluster,
 ) -> None:
@@ -2765,6 +2844,15 @@ def test_wrap_forwards_signals_sent_by_kill(path: str, name: str) -> None:
         process.communicate("\n", timeout=DEADLINE)
         assert process.returncode == 5
     assert not os.path.exists(f"{path}-wrap")
+
+
+def test_wrap_waits_for_a_command_that_it_may_not_signal(user: User) -> None:
+    options, _, _ = user
+    first = "signals = pgmanager.Signals(); signals.receivers.add(os.getppid())"
+    first += "; os.kill(os.getpid(), 15); assert signals.get_next() == 15; sys.exit(7)"
+    options["env"] = {**os.environ, "FIRST": first}
+    with started(**options) as process:
+        assert process.wait(DEADLINE) == 7
 
 
 @pytest.mark.parametrize(("key", "number"), [(b"\x03", signal.SIGINT), (b"\x1c", signal.SIGQUIT)])
