@@ -1833,9 +1833,11 @@ def has_postgres() -> bool:
     return False
 
 
-needs_postgres = pytest.mark.skipif(
-    not has_postgres() and "CI" not in os.environ, reason="no PostgreSQL programs here"
-)
+def needs_postgres(test: Any) -> Any:
+    """Mark a test as one that needs PostgreSQL: -m 'not postgres' leaves it out."""
+    is_missing = not has_postgres() and "CI" not in os.environ
+    skip = pytest.mark.skipif(is_missing, reason="no PostgreSQL programs here")
+    return pytest.mark.postgres(skip(test))
 
 
 @pytest.fixture
