@@ -24,9 +24,10 @@ the status as JSON, and no lease.
 
 What always holds. On one Linux machine a name never has two holders, whatever is killed and however
 many servers of one user serve the same port of PostgreSQL. (Without the lock, on macOS and through
-ssh, that is so as long as the server lives.) No name is lost. One server serves its clients in the
-order of their arrival. A crash never prevents the next start. A database that pgmanager did not
-make is never dropped.
+ssh, that is so as long as the server lives.) Servers of other users, containers and hosts that make
+copies on the same PostgreSQL get another prefix, so they never share a database. No name is lost.
+One server serves its clients in the order of their arrival. A crash never prevents the next start.
+A database that pgmanager did not make is never dropped.
 
 How to read this file. Each section uses only what stands above it: Errors, Configuration, Locks,
 Pool, Server, Client, Processes, Databases, Commands, Parser. The section Server begins with the
@@ -456,13 +457,14 @@ def choose_preparation(args: argparse.Namespace) -> tuple[str, list[str]]:
                 found[kind] = [value], source
     if len(found) > 1:
         raise UsageError(f"both {' and '.join(found)}: each makes a database ready", "give one")
-    for kind, (values, source) in found.items():
-        for value in values:
-            if not value.strip() or "\0" in value:
-                advice = "give a database, a file or a command"
-                raise UsageError(f"bad {kind}: {value!r}{source}", advice)
-        return kind, values
-    return "", []
+    if not found:
+        return "", []
+    kind, (values, source) = found.popitem()
+    for value in values:
+        if not value.strip() or "\0" in value:
+            problem = f"bad {kind}: {value!r}{source}"
+            raise UsageError(problem, "give a database, a file or a command")
+    return kind, values
 
 
 def get_server_options(given: str | None = None) -> list[str]:
