@@ -246,6 +246,7 @@ def get_timeout(given: float | str | None = None) -> float | None:
 
 # The parameters of a URL that libpq also reads from the environment, and the variables: PG and
 # the parameter in capitals without "_" (https://www.postgresql.org/docs/current/libpq-envars.html).
+# Drivers have more parameters: PGSCHEMA, PGSSL or PGDATA, made from them, could mislead a program.
 KEYWORDS = """user password passfile host hostaddr port options client_encoding channel_binding
     require_auth requirepeer sslmode sslnegotiation sslcompression sslcert sslkey sslcertmode
     sslrootcert sslcrl sslcrldir sslsni ssl_min_protocol_version ssl_max_protocol_version
@@ -262,10 +263,14 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
     database. It is made from ``env``, by default from ours. Raises UsageError for settings with
     which some program would connect to another server or database.
     """
-    from urllib.parse import quote
-
     env = {**(os.environ if env is None else env), "PGDATABASE": database}
     if env.get("DATABASE_URL"):
+        is_throw_away = env["DATABASE_URL"] == env.get("PGM_EPHEMERAL_URL")
+        if is_throw_away and env.get("PGUSER"):
+            # COMMAND of `wrap --ephemeral` may choose its user. The URL that wrap made has the user
+            # before the host, or as a parameter.
+            place = r"(?<=://)[^:@/]+(?=[^@/]*@)|(?<=[?&]user=)[^&]*"
+            env["DATABASE_URL"] = re.sub(place, encode(env["PGUSER"]), env["DATABASE_URL"])
         url = split_url(env["DATABASE_URL"])
         parameters = get_url_parameters(url)
         if "service" in parameters:
@@ -274,11 +279,13 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
             env.pop("PGHOSTADDR", None)  # it would win over the URL's host
         known = parameters.keys() & VARIABLES.keys()
         env.update({VARIABLES[keyword]: parameters[keyword] for keyword in known})
-        # A parameter dbname would win over the database in the path, so it is left out.
-        pairs = [p for p in (url["query"] or "").split("&") if decode(p.split("=")[0]) != "dbname"]
+        # In some driver these parameters would win over the database in the path.
+        pairs = (url["query"] or "").split("&")
+        pairs = [p for p in pairs if get_keyword(p).lower() not in ("dbname", "database")]
         query = "?" + "&".join(pairs) if any(pairs) else ""
-        path = quote(os.fsencode(database), safe="")
-        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}"
+        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{encode(database)}{query}"
+        if is_throw_away:
+            env["PGM_EPHEMERAL_URL"] = env["DATABASE_URL"]
     if "PGSERVICE" in env:
         problem = "PGSERVICE is set, and a service overrides PGHOST and PGDATABASE"
         raise UsageError(problem, "unset it, and set PGHOST, PGPORT and PGUSER instead")
@@ -329,22 +336,34 @@ def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
     parts = {"user": user, "password": password, "host": ",".join(hosts), "port": ",".join(ports)}
     parameters = {keyword: decode(value) for keyword, value in parts.items() if value}
     for pair in (url["query"] or "").split("&"):
-        keyword, equals, value = map(decode, pair.partition("="))
+        keyword, value = get_keyword(pair), decode(pair.partition("=")[2])
         if (keyword, value) == ("ssl", "true"):  # as JDBC has it; libpq knows it too
             keyword, value = "sslmode", "require"
-        if equals:
-            parameters[keyword] = value
+        if keyword in ("host", "port") and parameters.get(keyword, value) != value:
+            problem = f"cannot read DATABASE_URL: it has two values for the {keyword}"
+            raise UsageError(problem, "remove one: programs differ in which of them they use")
+        parameters[keyword] = value
     return parameters
+
+
+def get_keyword(pair: str) -> str:
+    """Return the keyword of a URL's parameter. Drivers skip blanks, and read a plus as a blank."""
+    return decode(pair.partition("=")[0]).replace("+", " ").strip()
 
 
 def decode(text: str) -> str:
     """Decode percent-encoding as libpq does: a plus stays a plus."""
-    from urllib.parse import unquote_to_bytes
-
     if re.search("%(?![0-9A-Fa-f]{2})|%00|\0", text):
         problem = "cannot read DATABASE_URL: a % without two hex digits"
         raise UsageError(problem, "write a percent sign as %25")
-    return os.fsdecode(unquote_to_bytes(text))
+    code = os.fsencode(text)  # urllib.parse takes long to import
+    return os.fsdecode(re.sub(rb"%(..)", lambda match: bytes.fromhex(match[1].decode()), code))
+
+
+def encode(text: str) -> str:
+    """Percent-encode what is not to be read as a part of a URL."""
+    code = os.fsencode(text)
+    return re.sub(rb"[^\w.~-]", lambda match: b"%%%02X" % ord(match[0]), code).decode()
 
 
 def wait_readable(*files: Any, seconds: float | None = None) -> list[int]:
