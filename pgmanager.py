@@ -2990,90 +2990,108 @@ def format_status(status: Mapping[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------ Parser
 
+COMMANDS: dict[str, tuple[Callable[[Any], int], str]] = {
+    "serve": (run_serve, "serve a pool until interrupted"),
+    "wrap": (run_wrap, "serve a pool while COMMAND runs"),
+    "wrap-each": (run_wrap_each, "run COMMAND for each database"),
+    "exec": (run_exec, "acquire a database and become COMMAND"),
+    "status": (run_status, "show who holds what, and who waits"),
+}
+EXAMPLES = {
+    "serve": "--prefix app_test_ --template app_template",
+    "wrap": "--ephemeral --init schema.sql -- pytest -p pgmanager -n 8",
+    "wrap-each": "--prefix app_test_ -x -- dropdb --if-exists",
+    "exec": "-- psql",
+    "status": "--json",
+}
 
-def make_parser() -> argparse.ArgumentParser:
+
+def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return a parser for one command line, which knows these subcommands."""
     import argparse
 
+    given: set[str] = set()
+
+    class Once(argparse.Action):
+        """Store the value of an option that may be given once."""
+
+        def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+            if self.dest in given:
+                raise UsageError(f"option given twice: {option}", "give it once")
+            given.add(self.dest)
+            setattr(namespace, self.dest, value)
+
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **settings: Any) -> None:
+            # With a width given, argparse does not import shutil to ask the terminal for it.
+            style = functools.partial(argparse.RawDescriptionHelpFormatter, width=96)
+            super().__init__(allow_abbrev=False, formatter_class=style, **settings)
+            self.register("action", None, Once)  # for arguments that name no other action
+
         def error(self, message: str) -> Any:
             raise UsageError(message, f"see '{self.prog} --help'")
 
-    def parent(*parents: Parser, **settings: Any) -> Parser:
-        return Parser(add_help=False, allow_abbrev=False, parents=parents, **settings)
-
-    # SUPPRESS: a default would overwrite the value in "pgmanager -s PATH wrap".
-    common = parent(argument_default=argparse.SUPPRESS)
-    text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
-    common.add_argument("-s", "--socket", metavar="PATH", help=text)
-    common.add_argument("-v", "--verbose", action="store_true", help="say what happens, on stderr")
-
-    named = parent(common)
-    named.add_argument("--prefix", help="names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]")
-    text = f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"
-    named.add_argument("--count", metavar="N", help=text)
-
-    pool = parent(named)
-    text = "make a template once, with an SQL file or a shell command; each lease gets a fresh copy"
-    pool.add_argument("--init", metavar="FILE|CMD", help=f"{text} [PGM_INIT]")
-    text = (
-        "what --init reads: a file, a folder, or a pattern with **; may be repeated [PGM_DEPENDS]"
-    )
-    pool.add_argument("--depends", metavar="PATH", action="append", help=text)
-    text = "make the template of --init anew"
-    pool.add_argument("--rebuild", action="store_true", help=text)
-    text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
-    pool.add_argument("--template", metavar="NAME", help=text)
-    text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
-    pool.add_argument("--prepare", metavar="CMD", help=text)
-
-    style: dict[str, Any] = {
-        "allow_abbrev": False,
-        # With a width given, argparse does not import shutil to ask the terminal for it.
-        "formatter_class": functools.partial(argparse.RawDescriptionHelpFormatter, width=96),
-    }
     notes = "In brackets: the environment variable of an option, and its default."
     summary = "Exclusive PostgreSQL databases for parallel tests."
-    parser = Parser("pgmanager", parents=[common], description=summary, epilog=notes, **style)
+    parser = Parser(prog="pgmanager", description=summary, epilog=notes)
+    add_options(parser)
     parser.add_argument("--version", action="version", version=f"pgmanager {__version__}")
-    commands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
-
-    def add_command(name: str, function: Any, parent: Parser, summary: str, example: str) -> Parser:
+    subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
+    for name in names:
+        function, summary = COMMANDS[name]
         usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if 'COMMAND' in summary else ''}"
         texts: dict[str, Any] = {"help": summary, "description": summary, "usage": usage}
-        texts["epilog"] = f"{notes}\n\nExample: pgmanager {name} {example}"
-        command = commands.add_parser(name, parents=[parent], **texts, **style)
+        texts["epilog"] = f"{notes}\n\nExample: pgmanager {name} {EXAMPLES[name]}"
+        command = subparsers.add_parser(name, **texts)
         command.set_defaults(function=function)
+        add_options(command, name)
         if "COMMAND" in summary:  # COMMAND and its arguments are all words after our options
             command.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-        return command
-
-    example = "--prefix app_test_ --template app_template"
-    add_command("serve", run_serve, pool, "serve a pool until interrupted", example)
-
-    example = "--ephemeral --init schema.sql -- pytest -p pgmanager -n 8"
-    wrap = add_command("wrap", run_wrap, pool, "serve a pool while COMMAND runs", example)
-    text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
-    wrap.add_argument("--ephemeral", action="store_true", help=text)
-    text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
-    wrap.add_argument("--server-options", metavar="OPTIONS", help=text)
-
-    example = "--prefix app_test_ -x -- dropdb --if-exists"
-    each = add_command("wrap-each", run_wrap_each, named, "run COMMAND for each database", example)
-    text = "go on after a failure, and exit 0"
-    each.add_argument("-i", "--ignore-exit-code", action="store_true", help=text)
-    text = "append the database's name to COMMAND's arguments"
-    each.add_argument("-x", "--xargs", "--xarg", action="store_true", help=text)
-    each.add_argument("-j", "--jobs", metavar="N", help="run N at a time [1]")
-
-    summary = "acquire a database and become COMMAND"
-    become = add_command("exec", run_exec, common, summary, "-- psql")
-    text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
-    become.add_argument("--timeout", metavar="SECONDS", help=text)
-
-    summary = "show who holds what, and who waits"
-    status = add_command("status", run_status, common, summary, "--json")
-    status.add_argument("--json", action="store_true", help="print the JSON document")
     return parser
+
+
+def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
+    """Add the options of pgmanager, or of a subcommand, to its parser."""
+    from argparse import SUPPRESS  # a default would overwrite the value in "pgmanager -s PATH wrap"
+
+    text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
+    parser.add_argument("-s", "--socket", metavar="PATH", default=SUPPRESS, help=text)
+    text = "say what happens, on stderr"
+    parser.add_argument("-v", "--verbose", action="store_true", default=SUPPRESS, help=text)
+    if name in ("serve", "wrap", "wrap-each"):
+        text = "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"
+        parser.add_argument("--prefix", help=text)
+        text = f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"
+        parser.add_argument("--count", metavar="N", help=text)
+    if name in ("serve", "wrap"):
+        text = "make a template once, with an SQL file or a shell command; "
+        text += "each lease gets a fresh copy [PGM_INIT]"
+        parser.add_argument("--init", metavar="FILE|CMD", help=text)
+        text = "what --init reads: a file, a folder, or a pattern with **; "
+        text += "may be repeated [PGM_DEPENDS]"
+        parser.add_argument("--depends", metavar="PATH", action="append", help=text)
+        text = "make the template of --init anew"
+        parser.add_argument("--rebuild", action="store_true", help=text)
+        text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
+        parser.add_argument("--template", metavar="NAME", help=text)
+        text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
+        parser.add_argument("--prepare", metavar="CMD", help=text)
+    if name == "wrap":
+        text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
+        parser.add_argument("--ephemeral", action="store_true", help=text)
+        text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
+        parser.add_argument("--server-options", metavar="OPTIONS", help=text)
+    if name == "wrap-each":
+        text = "go on after a failure, and exit 0"
+        parser.add_argument("-i", "--ignore-exit-code", action="store_true", help=text)
+        text = "append the database's name to COMMAND's arguments"
+        parser.add_argument("-x", "--xargs", "--xarg", action="store_true", help=text)
+        parser.add_argument("-j", "--jobs", metavar="N", help="run N at a time [1]")
+    if name == "exec":
+        text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
+        parser.add_argument("--timeout", metavar="SECONDS", help=text)
+    if name == "status":
+        parser.add_argument("--json", action="store_true", help="print the JSON document")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -3081,7 +3099,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     import argparse
 
     defaults = argparse.Namespace(socket=None, verbose=False)
-    args, unknown = make_parser().parse_known_args(argv, defaults)
+    # Most command lines begin with the subcommand. Then the other parsers are not needed.
+    names = argv[:1] if COMMANDS.keys() & argv[:1] else COMMANDS
+    args, unknown = make_parser(names).parse_known_args(argv, defaults)
     program = f"pgmanager {args.subcommand or ''}".rstrip()
     for word in unknown:
         if word != "--":

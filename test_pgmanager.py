@@ -3010,7 +3010,7 @@ ODD_WORDS += ["", " ", "\n", "$HOME", "*", "'", '"', "\\", "é", "\udcff"]
         "--socket=PATH -v wrap --count=2 --prefix db -- COMMAND",
         "-vs PATH wrap --prefix db COMMAND",
         "wrap --prefix db -vsPATH COMMAND",
-        "-s wrap wrap --socket PATH --prefix wrap COMMAND",
+        "-s PATH wrap --prefix wrap -- COMMAND",
         "wrap --prefix db -s PATH -- PGMANAGER exec -v COMMAND",
         "wrap --prefix db -s PATH PGMANAGER -v exec --timeout=9 -- COMMAND",
         "wrap --prefix db -s PATH PGMANAGER wrap-each -i -xj 2 --prefix db --count 1 -v COMMAND",
@@ -3040,6 +3040,8 @@ def test_every_subcommand_has_help_and_pgmanager_alone_prints_its_help(words: st
     ("words", "status", "named"),
     [
         ("nonsense", 2, "nonsense"),
+        ("nonsense exec", 2, "wrap-each"),
+        ("wrap --prefix a --count 3 --count=4 -- true", 2, "option given twice: --count; "),
         ("serve extra", 2, "extra; see 'pgmanager serve --help'"),
         ("exec --prefix db true", 2, "--prefix; see 'pgmanager exec --help'"),
         ("wrap --pref db -- true", 2, "--pref"),
@@ -3064,6 +3066,31 @@ def test_an_error_is_one_line_and_nothing_is_started(
     assert named.replace("FOLDER", str(folder)) in done.stderr
     assert os.listdir(folder) == []
     assert not glob.glob(f"{socket_lock_file(str(folder))}*")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-s a serve --socket b",
+        "serve --prefix a --prefix a",
+        "serve --count=2 --count 3",
+        "serve --template a --template b",
+        "wrap --prepare a --prepare b -- true",
+        "wrap --ephemeral --server-options= --server-options= true",
+        "wrap-each -j1 --jobs 1 true",
+        "exec --timeout 1 --timeout 2 true",
+    ],
+)
+def test_an_option_with_one_value_is_refused_when_it_is_given_twice(words: str) -> None:
+    with pytest.raises(pgmanager.UsageError, match=r"^option given twice: -[-a-z]+; give it once$"):
+        pgmanager.parse_arguments(words.split())
+
+
+def test_flags_and_depends_may_be_given_twice_and_so_may_options_of_the_command() -> None:
+    words = "-v wrap -v --rebuild --rebuild --depends a --depends b run -s a -s b"
+    args = pgmanager.parse_arguments(words.split())
+    assert (args.verbose, args.rebuild, args.depends) == (True, True, ["a", "b"])
+    assert args.words == ["run", "-s", "a", "-s", "b"]
 
 
 @pytest.mark.parametrize("way", ["module", "file", "function"])
