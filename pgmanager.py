@@ -57,20 +57,16 @@ import contextlib
 import errno
 import fcntl
 import functools
-import glob
 import itertools
 import os
-import queue
 import re
 import resource
 import select
 import signal
 import socketserver
 import stat
-import struct
 import threading
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 TYPE_CHECKING = False  # as typing has it, whose import takes long; type checkers know this name
@@ -876,6 +872,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         command: str = "serving",
     ) -> None:
         import json  # now: when an observer asks, there may be no descriptor left to import it
+        import queue
 
         self.path, self.names, self.command, self.to_json = path, names, command, json.dumps
         self._locks, self._prepare, self._pid = locks, prepare, os.getpid()
@@ -1075,7 +1072,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _send_grant(self, client: socket.socket, name: str, lock: int) -> None:
         """Send a grant. This cannot block, because nothing was sent on this connection before."""
         answer = [os.fsencode(f"OK:{name}")]
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, lock.to_bytes(4, sys.byteorder))]
         try:
             client.sendmsg(answer, rights if LINUX else [], AT_ONCE)
         except OSError as error:
@@ -1284,6 +1281,8 @@ class Lease(str):
             os.close(lock)  # first, so that the name is unlocked when the server hears of it
         os.close(connection)
         if is_unprotected:
+            import warnings
+
             text = f"the pgmanager server ended while {self} was leased: others may have used it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
@@ -1424,7 +1423,7 @@ def receive(connection: socket.socket, path: str, problem: str) -> Lease:
     status, _, text = os.fsdecode(answer).partition(":")
     if status == "OK" and text:
         lease = Lease(text)
-        lock = struct.unpack_from("i", rights[0][2])[0] if rights else NO_LOCK
+        lock = int.from_bytes(rights[0][2][:4], sys.byteorder) if rights else NO_LOCK
         lease._descriptors = connection.detach(), lock
         return lease
     if status == "EMPTY":
@@ -1872,6 +1871,7 @@ def find_programs() -> str:
 
 def get_program_folders() -> Iterator[str]:
     """Yield the folders where PostgreSQL's programs may be, those on PATH first."""
+    import glob
     import subprocess
 
     for folder in os.get_exec_path():
@@ -2153,6 +2153,8 @@ def find_files(pattern: str) -> dict[str, str]:
     The hashed path begins at the folder, or at the first wildcard, so it is the same in every
     checkout. Hidden files and backups are left out, unless the path names one itself.
     """
+    import glob
+
     if os.path.isfile(pattern):
         return {pattern: os.path.basename(pattern)}
     base = pattern
@@ -2472,6 +2474,7 @@ class ThrowAwayPostgres(Postgres):
         They are "" if there is no place to save data. Other programs or another initdb command have
         other files.
         """
+        import glob
         import zlib
 
         try:

@@ -3087,10 +3087,20 @@ def test_an_option_with_one_value_is_refused_when_it_is_given_twice(words: str) 
 
 
 def test_flags_and_depends_may_be_given_twice_and_so_may_options_of_the_command() -> None:
-    words = "-v wrap -v --rebuild --rebuild --depends a --depends b run -s a -s b"
+    words = "-vv wrap --rebuild --rebuild --depends a --depends b run -s a -s b"
     args = pgmanager.parse_arguments(words.split())
     assert (args.verbose, args.rebuild, args.depends) == (True, True, ["a", "b"])
     assert args.words == ["run", "-s", "a", "-s", "b"]
+
+
+def test_exec_loads_no_module_that_it_can_do_without(path: str, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u%40:p@h/x?sslmode=allow")
+    python = [sys.executable, "-SX", "importtime", str(MODULE)]
+    with served(path):
+        done = run_program(*python, "exec", "-s", path, "true")
+    loaded = set(re.findall(r"(?m)\| +([\w.]+)$", done.stderr))
+    assert {"argparse", "socket"} <= loaded
+    assert not loaded & {"bz2", "glob", "json", "queue", "shutil", "subprocess", "urllib.parse"}
 
 
 @pytest.mark.parametrize("way", ["module", "file", "function"])
