@@ -60,17 +60,14 @@ import fcntl
 import functools
 import glob
 import os
-import queue
 import re
 import resource
 import select
 import signal
 import socketserver
 import stat
-import struct
 import threading
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 TYPE_CHECKING = False  # as typing has it, whose import takes long; type checkers know this name
@@ -261,6 +258,7 @@ def get_timeout(given: float | str | None = None) -> float | None:
 
 # The parameters of a URL that libpq also reads from the environment, and the variables: PG and
 # the parameter in capitals without "_" (https://www.postgresql.org/docs/current/libpq-envars.html).
+# Drivers have more parameters: PGSCHEMA, PGSSL or PGDATA, made from them, could mislead a program.
 KEYWORDS = """user password passfile host hostaddr port options client_encoding channel_binding
     require_auth requirepeer sslmode sslnegotiation sslcompression sslcert sslkey sslcertmode
     sslrootcert sslcrl sslcrldir sslsni ssl_min_protocol_version ssl_max_protocol_version
@@ -277,10 +275,14 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
     database. It is made from ``env``, by default from ours. Raises UsageError for settings with
     which some program would connect to another server or database.
     """
-    from urllib.parse import quote
-
     env = {**(os.environ if env is None else env), "PGDATABASE": database}
     if env.get("DATABASE_URL"):
+        is_throw_away = env["DATABASE_URL"] == env.get("PGM_EPHEMERAL_URL")
+        if is_throw_away and env.get("PGUSER"):
+            # COMMAND of `wrap --ephemeral` may choose its user. The URL that wrap made has the user
+            # before the host, or as a parameter.
+            place = r"(?<=://)[^:@/]+(?=[^@/]*@)|(?<=[?&]user=)[^&]*"
+            env["DATABASE_URL"] = re.sub(place, encode(env["PGUSER"]), env["DATABASE_URL"])
         url = split_url(env["DATABASE_URL"])
         parameters = get_url_parameters(url)
         if "service" in parameters:
@@ -289,11 +291,13 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
             env.pop("PGHOSTADDR", None)  # it would win over the URL's host
         known = parameters.keys() & VARIABLES.keys()
         env.update({VARIABLES[keyword]: parameters[keyword] for keyword in known})
-        # A parameter dbname would win over the database in the path, so it is left out.
-        pairs = [p for p in (url["query"] or "").split("&") if decode(p.split("=")[0]) != "dbname"]
+        # In some driver these parameters would win over the database in the path.
+        pairs = (url["query"] or "").split("&")
+        pairs = [p for p in pairs if get_keyword(p).lower() not in ("dbname", "database")]
         query = "?" + "&".join(pairs) if any(pairs) else ""
-        path = quote(os.fsencode(database), safe="")
-        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{path}{query}"
+        env["DATABASE_URL"] = f"{url['scheme']}://{url['server']}/{encode(database)}{query}"
+        if is_throw_away:
+            env["PGM_EPHEMERAL_URL"] = env["DATABASE_URL"]
     if "PGSERVICE" in env:
         problem = "PGSERVICE is set, and a service overrides PGHOST and PGDATABASE"
         raise UsageError(problem, "unset it, and set PGHOST, PGPORT and PGUSER instead")
@@ -344,22 +348,34 @@ def get_url_parameters(url: re.Match[str]) -> dict[str, str]:
     parts = {"user": user, "password": password, "host": ",".join(hosts), "port": ",".join(ports)}
     parameters = {keyword: decode(value) for keyword, value in parts.items() if value}
     for pair in (url["query"] or "").split("&"):
-        keyword, equals, value = map(decode, pair.partition("="))
+        keyword, value = get_keyword(pair), decode(pair.partition("=")[2])
         if (keyword, value) == ("ssl", "true"):  # as JDBC has it; libpq knows it too
             keyword, value = "sslmode", "require"
-        if equals:
-            parameters[keyword] = value
+        if keyword in ("host", "port") and parameters.get(keyword, value) != value:
+            problem = f"cannot read DATABASE_URL: it has two values for the {keyword}"
+            raise UsageError(problem, "remove one: programs differ in which of them they use")
+        parameters[keyword] = value
     return parameters
+
+
+def get_keyword(pair: str) -> str:
+    """Return the keyword of a URL's parameter. Drivers skip blanks, and read a plus as a blank."""
+    return decode(pair.partition("=")[0]).replace("+", " ").strip()
 
 
 def decode(text: str) -> str:
     """Decode percent-encoding as libpq does: a plus stays a plus."""
-    from urllib.parse import unquote_to_bytes
-
     if re.search("%(?![0-9A-Fa-f]{2})|%00|\0", text):
         problem = "cannot read DATABASE_URL: a % without two hex digits"
         raise UsageError(problem, "write a percent sign as %25")
-    return os.fsdecode(unquote_to_bytes(text))
+    code = os.fsencode(text)  # urllib.parse takes long to import
+    return os.fsdecode(re.sub(rb"%(..)", lambda match: bytes.fromhex(match[1].decode()), code))
+
+
+def encode(text: str) -> str:
+    """Percent-encode what is not to be read as a part of a URL."""
+    code = os.fsencode(text)
+    return re.sub(rb"[^\w.~-]", lambda match: b"%%%02X" % ord(match[0]), code).decode()
 
 
 def wait_readable(*files: Any, seconds: float | None = None) -> list[int]:
@@ -946,6 +962,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         prepare: Callable[[str, int], str | None] | None = None,  # returns why it failed
     ) -> None:
         import json  # noqa: F401 - now: for an observer there may be no descriptor left to read it
+        import queue
 
         self.path, self.names, self.command = path, names, command
         self._locks, self._prepare = locks, prepare
@@ -1089,7 +1106,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _send_grant(self, client: socket.socket, name: str, lock: int) -> None:
         """Send a grant. This cannot block, because nothing was sent on this connection before."""
         answer = [os.fsencode(f"OK:{name}")]
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", lock))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, lock.to_bytes(4, sys.byteorder))]
         try:
             try:
                 client.sendmsg(answer, rights if LINUX else [], AT_ONCE)
@@ -1349,6 +1366,8 @@ class Lease(str):
             os.close(lock)  # first, so that the name is unlocked when the server hears of it
         os.close(connection)
         if is_unprotected:
+            import warnings
+
             text = f"the pgmanager server ended while {self} was leased: others may have used it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
@@ -1489,7 +1508,7 @@ def receive(connection: socket.socket, path: str, problem: str) -> Lease:
     status, _, text = os.fsdecode(answer).partition(":")
     if status == "OK" and text:
         lease = Lease(text)
-        lock = struct.unpack_from("i", rights[0][2])[0] if rights else NO_LOCK
+        lock = int.from_bytes(rights[0][2][:4], sys.byteorder) if rights else NO_LOCK
         lease._descriptors = connection.detach(), lock
         return lease
     if status == "EMPTY":
@@ -2553,6 +2572,7 @@ def find_files(pattern: str) -> dict[str, str]:
     The hashed path begins at the folder, or at the first wildcard, so it is the same in every
     checkout. Hidden files and backups are left out, unless the path names one itself.
     """
+
     if os.path.isfile(pattern):
         return {pattern: os.path.basename(pattern)}
     base = pattern
@@ -3348,95 +3368,112 @@ def format_status(status: Mapping[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------ Parser
 
+COMMANDS: dict[str, tuple[Callable[[Any], int], str]] = {
+    "serve": (run_serve, "serve a pool until interrupted"),
+    "wrap": (run_wrap, "serve a pool while COMMAND runs"),
+    "wrap-each": (run_wrap_each, "run COMMAND for each database"),
+    "exec": (run_exec, "acquire a database and become COMMAND"),
+    "status": (run_status, "show who holds what, and who waits"),
+}
+EXAMPLES = {
+    "serve": "--prefix app_test_ --template app_template",
+    "wrap": "--ephemeral --init schema.sql -- pytest -p pgmanager -n 8",
+    "wrap-each": "--prefix app_test_ -x -- dropdb --if-exists",
+    "exec": "-- psql",
+    "status": "--json",
+}
 
-def make_parser() -> argparse.ArgumentParser:
+
+def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return a parser for one command line, which knows these subcommands."""
     import argparse
 
+    given: set[str] = set()
+
+    class Once(argparse.Action):
+        """Store the value of an option that may be given once."""
+
+        def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+            if self.dest in given:
+                raise UsageError(f"option given twice: {option}", "give it once")
+            given.add(self.dest)
+            setattr(namespace, self.dest, value)
+
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **settings: Any) -> None:
+            # With a width given, argparse does not import shutil to ask the terminal for it.
+            style = functools.partial(argparse.RawDescriptionHelpFormatter, width=96)
+            super().__init__(allow_abbrev=False, formatter_class=style, **settings)
+            self.register("action", None, Once)  # for arguments that name no other action
+
         def error(self, message: str) -> Any:
             raise UsageError(message, f"see '{self.prog} --help'")
 
-    def parent(*parents: Parser, **settings: Any) -> Parser:
-        return Parser(add_help=False, allow_abbrev=False, parents=parents, **settings)
-
-    # SUPPRESS: a default would overwrite the value in "pgmanager -s PATH wrap".
-    common = parent(argument_default=argparse.SUPPRESS)
-    text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
-    common.add_argument("-s", "--socket", metavar="PATH", help=text)
-    common.add_argument("-v", "--verbose", action="store_true", help="say what happens, on stderr")
-
-    named = parent(common)
-    named.add_argument("--prefix", help="names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]")
-    text = f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"
-    named.add_argument("--count", metavar="N", help=text)
-
-    pool = parent(named)
-    text = "make a template once, with an SQL file, a folder of them, or a shell command; may be"
-    text += " repeated; each lease gets a fresh copy"
-    pool.add_argument("--init", metavar="FILE|CMD", action="append", help=f"{text} [PGM_INIT]")
-    text = (
-        "what --init reads: a file, a folder, or a pattern with **; may be repeated [PGM_DEPENDS]"
-    )
-    pool.add_argument("--depends", metavar="PATH", action="append", help=text)
-    text = "make the template of --init anew"
-    pool.add_argument("--rebuild", action="store_true", help=text)
-    text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
-    pool.add_argument("--template", metavar="NAME", help=text)
-    text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
-    pool.add_argument("--prepare", metavar="CMD", help=text)
-
-    style: dict[str, Any] = {
-        "allow_abbrev": False,
-        # With a width given, argparse does not import shutil to ask the terminal for it.
-        "formatter_class": functools.partial(argparse.RawDescriptionHelpFormatter, width=96),
-    }
     notes = "In brackets: the environment variable of an option, and its default."
     summary = "Exclusive PostgreSQL databases for parallel tests."
-    parser = Parser("pgmanager", parents=[common], description=summary, epilog=notes, **style)
+    parser = Parser(prog="pgmanager", description=summary, epilog=notes)
+    add_options(parser)
     parser.add_argument("--version", action="version", version=f"pgmanager {__version__}")
-    commands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
-
-    def add_command(name: str, function: Any, parent: Parser, summary: str, example: str) -> Parser:
+    subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
+    for name in names:
+        function, summary = COMMANDS[name]
         usage = f"pgmanager {name} [OPTIONS]{' [--] COMMAND ...' if 'COMMAND' in summary else ''}"
         texts: dict[str, Any] = {"help": summary, "description": summary, "usage": usage}
-        texts["epilog"] = f"{notes}\n\nExample: pgmanager {name} {example}"
-        command = commands.add_parser(name, parents=[parent], **texts, **style)
+        texts["epilog"] = f"{notes}\n\nExample: pgmanager {name} {EXAMPLES[name]}"
+        command = subparsers.add_parser(name, **texts)
         command.set_defaults(function=function)
+        add_options(command, name)
         if "COMMAND" in summary:  # COMMAND and its arguments are all words after our options
             command.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-        return command
-
-    example = "--prefix app_test_ --template app_template"
-    add_command("serve", run_serve, pool, "serve a pool until interrupted", example)
-
-    example = "--ephemeral --init schema.sql -- pytest -p pgmanager -n 8"
-    wrap = add_command("wrap", run_wrap, pool, "serve a pool while COMMAND runs", example)
-    text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
-    wrap.add_argument("--ephemeral", action="store_true", help=text)
-    text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
-    wrap.add_argument("--server-options", metavar="OPTIONS", help=text)
-    text = "for its initdb [PGM_LOCALE; C]"
-    wrap.add_argument("--locale", metavar="LOCALE", help=text)
-    text = "let it listen on 127.0.0.1 too, with a password [PGM_TCP=1]"
-    wrap.add_argument("--tcp", action="store_true", help=text)
-
-    example = "--prefix app_test_ -x -- dropdb --if-exists"
-    each = add_command("wrap-each", run_wrap_each, named, "run COMMAND for each database", example)
-    text = "go on after a failure, and exit 0"
-    each.add_argument("-i", "--ignore-exit-code", action="store_true", help=text)
-    text = "append the database's name to COMMAND's arguments"
-    each.add_argument("-x", "--xargs", "--xarg", action="store_true", help=text)
-    each.add_argument("-j", "--jobs", metavar="N", help="run N at a time [1]")
-
-    summary = "acquire a database and become COMMAND"
-    become = add_command("exec", run_exec, common, summary, "-- psql")
-    text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
-    become.add_argument("--timeout", metavar="SECONDS", help=text)
-
-    summary = "show who holds what, and who waits"
-    status = add_command("status", run_status, common, summary, "--json")
-    status.add_argument("--json", action="store_true", help="print the JSON document")
     return parser
+
+
+def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
+    """Add the options of pgmanager, or of a subcommand, to its parser."""
+    from argparse import SUPPRESS  # a default would overwrite the value in "pgmanager -s PATH wrap"
+
+    text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
+    parser.add_argument("-s", "--socket", metavar="PATH", default=SUPPRESS, help=text)
+    text = "say what happens, on stderr"
+    parser.add_argument("-v", "--verbose", action="store_true", default=SUPPRESS, help=text)
+    if name in ("serve", "wrap", "wrap-each"):
+        text = "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"
+        parser.add_argument("--prefix", help=text)
+        text = f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"
+        parser.add_argument("--count", metavar="N", help=text)
+    if name in ("serve", "wrap"):
+        text = "make a template once, with an SQL file, a folder of them, or a shell command; "
+        text += "each lease gets a fresh copy; may be repeated [PGM_INIT]"
+        parser.add_argument("--init", metavar="FILE|CMD", action="append", help=text)
+        text = "what --init reads: a file, a folder, or a pattern with **; "
+        text += "may be repeated [PGM_DEPENDS]"
+        parser.add_argument("--depends", metavar="PATH", action="append", help=text)
+        text = "make the template of --init anew"
+        parser.add_argument("--rebuild", action="store_true", help=text)
+        text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
+        parser.add_argument("--template", metavar="NAME", help=text)
+        text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
+        parser.add_argument("--prepare", metavar="CMD", help=text)
+    if name == "wrap":
+        text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
+        parser.add_argument("--ephemeral", action="store_true", help=text)
+        text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
+        parser.add_argument("--server-options", metavar="OPTIONS", help=text)
+        text = "its locale, for initdb [PGM_LOCALE; C]"
+        parser.add_argument("--locale", metavar="LOCALE", help=text)
+        text = "let it listen on 127.0.0.1 too, with a password [PGM_TCP=1]"
+        parser.add_argument("--tcp", action="store_true", help=text)
+    if name == "wrap-each":
+        text = "go on after a failure, and exit 0"
+        parser.add_argument("-i", "--ignore-exit-code", action="store_true", help=text)
+        text = "append the database's name to COMMAND's arguments"
+        parser.add_argument("-x", "--xargs", "--xarg", action="store_true", help=text)
+        parser.add_argument("-j", "--jobs", metavar="N", help="run N at a time [1]")
+    if name == "exec":
+        text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
+        parser.add_argument("--timeout", metavar="SECONDS", help=text)
+    if name == "status":
+        parser.add_argument("--json", action="store_true", help="print the JSON document")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -3444,7 +3481,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     import argparse
 
     defaults = argparse.Namespace(socket=None, verbose=False)
-    args, unknown = make_parser().parse_known_args(argv, defaults)
+    # Most command lines begin with the subcommand. Then the other parsers are not needed.
+    names = argv[:1] if COMMANDS.keys() & argv[:1] else COMMANDS
+    args, unknown = make_parser(names).parse_known_args(argv, defaults)
     program = f"pgmanager {args.subcommand or ''}".rstrip()
     for word in unknown:
         if word != "--":

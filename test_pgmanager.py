@@ -367,6 +367,7 @@ THERE = {"PGUSER": "u", "PGPASSWORD": "p", "PGHOST": "h", "PGPORT": "5433"}
         # The last of repeated parameters wins.
         ("postgres:///{}?sslmode=allow&ssl=true", {}, {"PGSSLMODE": "require"}),
         ("postgres:///{}?ssl=true&sslmode=allow", {}, {"PGSSLMODE": "allow"}),
+        ("postgres://h:1/{}?host=h&port=1&host=h", {}, {"PGHOST": "h", "PGPORT": "1"}),
         # In a list of hosts a missing port is 5432.
         ("postgres://h,i:2/{}", {"PGPORT": "6"}, {"PGHOST": "h,i", "PGPORT": "5432,2"}),
         # The caller's PGHOSTADDR would win over the URL's host.
@@ -385,6 +386,40 @@ def test_env_for_follows_the_url_and_makes_the_variables_agree(
     caller = {**env, "PGDATABASE": "dev", "DATABASE_URL": url.format("dev")}
     expected = {**variables, "PGDATABASE": "db0", "DATABASE_URL": url.format("db0")}
     assert pgmanager.env_for("db0", caller) == expected
+
+
+def test_env_for_leaves_out_what_some_driver_takes_for_the_database() -> None:
+    for keyword in ("dbname", "database", "DataBase", "d%62name", "dbname%20", "+%2Bdbname%09+"):
+        env = {"DATABASE_URL": f"postgresql+asyncpg://h/dev?a=database&{keyword}=x&db=dbname"}
+        found = pgmanager.env_for("db0", env)["DATABASE_URL"]
+        assert found == "postgresql+asyncpg://h/db0?a=database&db=dbname", keyword
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("postgresql:///{1}?host=%2Ftmp%2Fx&port=5432&user={0}", {"PGHOST": "/tmp/x"}),
+        ("postgis:///{1}?user={0}&host=%2Ftmp%2Fx&port=5432", {"PGHOST": "/tmp/x"}),
+        ("postgresql+a://{0}:s%40@127.0.0.1:5432/{1}", {"PGHOST": "127.0.0.1", "PGPASSWORD": "s@"}),
+    ],
+)
+def test_pguser_wins_over_the_url_of_the_throw_away_server_and_over_no_other(
+    url: str, place: dict[str, str]
+) -> None:
+    made_by_wrap = url.format("postgres", "postgres")
+    for user, expected, code in (
+        ("", "postgres", "postgres"),
+        ("a b:/\\1@\u00e9", "a b:/\\1@\u00e9", "a%20b%3A%2F%5C1%40%C3%A9"),
+    ):
+        caller = {"DATABASE_URL": made_by_wrap, "PGM_EPHEMERAL_URL": made_by_wrap, "PGUSER": user}
+        env = pgmanager.env_for("db0", caller)
+        assert env.items() >= {**place, "PGPORT": "5432", "PGUSER": expected}.items()
+        assert env["DATABASE_URL"] == env["PGM_EPHEMERAL_URL"] == url.format(code, "db0")
+        env = pgmanager.env_for("db1", {**env, "PGUSER": "app"})  # as a worker does under exec
+        assert env["DATABASE_URL"] == env["PGM_EPHEMERAL_URL"] == url.format("app", "db1")
+    env = pgmanager.env_for("db0", {**caller, "DATABASE_URL": url.format("me", "dev")})
+    assert (env["PGUSER"], env["DATABASE_URL"]) == ("me", url.format("me", "db0"))
+    assert env["PGM_EPHEMERAL_URL"] == made_by_wrap
 
 
 def get_libpq_options(env: dict[str, str], url: str | None = None) -> dict[str, bytes | None]:
@@ -410,12 +445,11 @@ HOSTS = " h h:1 h: h,i h:1,i h,i:2 , [::1]:5,h %2Ftmp:7 h%2Ci"
 PARAMETERS = """host=x host= host=%2Ftmp host=a,b port=7 port=7,8 port=, %70ort=9 hostaddr=::1
     user=v password=a+b%2B password= options=-c%20role%3Dx passfile=x sslmode=allow ssl=true
     %73sl=true dbname=z d%62name=z connect_timeout=3 application_name=x%20y sslcert=c"""
-URLS = st.builds(
-    "postgres://{}{}{}{}".format,
+URL_PARTS = st.tuples(
     st.sampled_from(LOGINS.split(" ")),
     st.sampled_from(HOSTS.split(" ")),
     st.sampled_from(["", "/", "/dev", "/d%2F"]),
-    st.lists(st.sampled_from(PARAMETERS.split()), max_size=3).map("&".join).map("?{}".format),
+    st.lists(st.sampled_from(PARAMETERS.split()), max_size=3),
 )
 ODD_NAME = "a%/\u00e9 ?b&c=d#"
 CALLERS: list[dict[str, str]] = [
@@ -424,11 +458,30 @@ CALLERS: list[dict[str, str]] = [
 ]  # fmt: skip
 
 
+def has_two_values(hosts: str, parameters: list[str]) -> bool:
+    """Tell whether a URL has two different hosts or ports."""
+    values = set()
+    for part in (hosts, *(f"?{parameter}" for parameter in parameters)):
+        for option in psycopg.pq.Conninfo.parse(os.fsencode(f"postgres://{part}")):
+            if option.keyword in (b"host", b"port") and option.val is not None:
+                value = option.val.split(b",")
+                if part == hosts and option.keyword == b"port":
+                    value = [port or b"5432" for port in value]
+                values.add((option.keyword, tuple(value)))
+    return len(values) > len({keyword for keyword, _ in values})
+
+
 @settings(deadline=None)
-@given(url=URLS, caller=st.sampled_from(CALLERS), database=st.sampled_from(["db0", ODD_NAME]))
+@given(URL_PARTS, st.sampled_from(CALLERS), st.sampled_from(["db0", ODD_NAME]))
 def test_libpq_finds_the_same_server_by_the_url_and_by_the_variables(
-    url: str, caller: dict[str, str], database: str
+    parts: tuple[str, str, str, list[str]], caller: dict[str, str], database: str
 ) -> None:
+    login, hosts, path, parameters = parts
+    url = f"postgres://{login}{hosts}{path}?{'&'.join(parameters)}"
+    if has_two_values(hosts, parameters):
+        with pytest.raises(pgmanager.UsageError, match=r"two values for the (host|port); "):
+            pgmanager.env_for(database, {**caller, "DATABASE_URL": url})
+        return
     expected = {**get_libpq_options(caller, url), "dbname": os.fsencode(database)}
     env = pgmanager.env_for(database, {**caller, "DATABASE_URL": url})
     assert get_libpq_options(env) == expected
@@ -451,6 +504,10 @@ LOGIN = "postgresql://u:secret@"
         ({"PGSERVICE": "mine"}, "PGSERVICE is set, "),
         ({"PGSERVICE": "", "DATABASE_URL": LOGIN + "h/"}, "PGSERVICE is set, "),
         ({"DATABASE_URL": LOGIN + "h/?ser%76ice="}, "DATABASE_URL has a service"),
+        ({"DATABASE_URL": LOGIN + "h/?service+=x"}, "DATABASE_URL has a service"),
+        ({"DATABASE_URL": LOGIN + "h:5433/?port=5434"}, "two values for the port; remove one"),
+        ({"DATABASE_URL": LOGIN + "h/?%68ost=/tmp"}, "two values for the host; remove one"),
+        ({"DATABASE_URL": LOGIN + "/?host=h&host="}, "two values for the host; remove one"),
         ({"PGCLUSTER": "15/main", "DATABASE_URL": LOGIN + "/"}, "PGCLUSTER is set"),
         ({"PGCLUSTER": "15/main", "PGHOSTADDR": "::1"}, "PGCLUSTER is set"),
         ({"DATABASE_URL": "sqlite:///secret"}, "its scheme is 'sqlite'; correct it to "),
@@ -3017,7 +3074,7 @@ ODD_WORDS += ["", " ", "\n", "$HOME", "*", "'", '"', "\\", "é", "\udcff"]
         "--socket=PATH -v wrap --count=2 --prefix db -- COMMAND",
         "-vs PATH wrap --prefix db COMMAND",
         "wrap --prefix db -vsPATH COMMAND",
-        "-s wrap wrap --socket PATH --prefix wrap COMMAND",
+        "-s PATH wrap --prefix wrap -- COMMAND",
         "wrap --prefix db -s PATH -- PGMANAGER exec -v COMMAND",
         "wrap --prefix db -s PATH PGMANAGER -v exec --timeout=9 -- COMMAND",
         "wrap --prefix db -s PATH PGMANAGER wrap-each -i -xj 2 --prefix db --count 1 -v COMMAND",
@@ -3047,6 +3104,8 @@ def test_every_subcommand_has_help_and_pgmanager_alone_prints_its_help(words: st
     ("words", "status", "named"),
     [
         ("nonsense", 2, "nonsense"),
+        ("nonsense exec", 2, "wrap-each"),
+        ("wrap --prefix a --count 3 --count=4 -- true", 2, "option given twice: --count; "),
         ("serve extra", 2, "extra; see 'pgmanager serve --help'"),
         ("exec --prefix db true", 2, "--prefix; see 'pgmanager exec --help'"),
         ("wrap --pref db -- true", 2, "--pref"),
@@ -3071,6 +3130,41 @@ def test_an_error_is_one_line_and_nothing_is_started(
     assert named.replace("FOLDER", str(folder)) in done.stderr
     assert os.listdir(folder) == []
     assert not glob.glob(f"{socket_lock_file(str(folder))}*")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-s a serve --socket b",
+        "serve --prefix a --prefix a",
+        "serve --count=2 --count 3",
+        "serve --template a --template b",
+        "wrap --prepare a --prepare b -- true",
+        "wrap --ephemeral --server-options= --server-options= true",
+        "wrap-each -j1 --jobs 1 true",
+        "exec --timeout 1 --timeout 2 true",
+    ],
+)
+def test_an_option_with_one_value_is_refused_when_it_is_given_twice(words: str) -> None:
+    with pytest.raises(pgmanager.UsageError, match=r"^option given twice: -[-a-z]+; give it once$"):
+        pgmanager.parse_arguments(words.split())
+
+
+def test_flags_and_depends_may_be_given_twice_and_so_may_options_of_the_command() -> None:
+    words = "-vv wrap --rebuild --rebuild --depends a --depends b run -s a -s b"
+    args = pgmanager.parse_arguments(words.split())
+    assert (args.verbose, args.rebuild, args.depends) == (True, True, ["a", "b"])
+    assert args.words == ["run", "-s", "a", "-s", "b"]
+
+
+def test_exec_loads_no_module_that_it_can_do_without(path: str, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u%40:p@h/x?sslmode=allow")
+    python = [sys.executable, "-SX", "importtime", str(MODULE)]
+    with served(path):
+        done = run_program(*python, "exec", "-s", path, "true")
+    loaded = set(re.findall(r"(?m)\| +([\w.]+)$", done.stderr))
+    assert {"argparse", "socket"} <= loaded
+    assert not loaded & {"bz2", "glob", "json", "queue", "shutil", "subprocess", "urllib.parse"}
 
 
 @pytest.mark.parametrize("way", ["module", "file", "function"])
