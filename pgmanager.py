@@ -242,7 +242,7 @@ def get_timeout(given: float | str | None = None) -> float | None:
 
 # The parameters of a URL that libpq also reads from the environment, and the variables: PG and
 # the parameter in capitals without "_" (https://www.postgresql.org/docs/current/libpq-envars.html).
-# Drivers have more parameters: PGSCHEMA, PGSSL or PGDATA, made from them, could mislead a program.
+# It is a list, because drivers have more parameters: a PGSSL or PGDATA made from one could mislead.
 KEYWORDS = """user password passfile host hostaddr port options client_encoding channel_binding
     require_auth requirepeer sslmode sslnegotiation sslcompression sslcert sslkey sslcertmode
     sslrootcert sslcrl sslcrldir sslsni ssl_min_protocol_version ssl_max_protocol_version
