@@ -2094,8 +2094,9 @@ def test_serve_and_wrap_refuse_bad_template_options_before_they_connect_to_a_ser
     (folder / "hidden").mkdir()
     (folder / "hidden" / ".x").touch()
     monkeypatch.setenv("PGHOST", "/nowhere")
+    monkeypatch.setenv("PGM_DATABASE_PREFIX", "tp_")
     name, *words = command
-    assert is_refused(run(name, "--prefix", "tp_", *options, *words, cwd=folder), reason)
+    assert is_refused(run(name, *options, *words, cwd=folder), reason)
 
 
 LEAVING = ["\\c x", "\ufeff\\c x", " \\connect x", "CREATE DATABASE x;"]
