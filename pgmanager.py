@@ -58,7 +58,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import glob
 import os
 import re
 import resource
@@ -258,7 +257,7 @@ def get_timeout(given: float | str | None = None) -> float | None:
 
 # The parameters of a URL that libpq also reads from the environment, and the variables: PG and
 # the parameter in capitals without "_" (https://www.postgresql.org/docs/current/libpq-envars.html).
-# Drivers have more parameters: PGSCHEMA, PGSSL or PGDATA, made from them, could mislead a program.
+# It is a list, because drivers have more parameters: a PGSSL or PGDATA made from one could mislead.
 KEYWORDS = """user password passfile host hostaddr port options client_encoding channel_binding
     require_auth requirepeer sslmode sslnegotiation sslcompression sslcert sslkey sslcertmode
     sslrootcert sslcrl sslcrldir sslsni ssl_min_protocol_version ssl_max_protocol_version
@@ -1293,11 +1292,12 @@ def remove_dead_socket(path: str, lock: int) -> None:
 
 def list_socket_paths() -> list[str]:
     """Return the paths on which this user's servers serve, or were killed."""
-    paths = []
-    for file in glob.glob(os.path.join(make_private_folder(), SOCKET_LOCKS, "*")):
-        # Somebody may have removed it.
-        with contextlib.suppress(FileNotFoundError), open(file, "rb") as lock_file:
-            paths.append(os.fsdecode(lock_file.read()).partition("\0")[0])
+    locks, paths = os.path.join(make_private_folder(), SOCKET_LOCKS), []
+    with contextlib.suppress(FileNotFoundError):  # no server has started yet
+        for name in os.listdir(locks):
+            # Somebody may have removed the file meanwhile.
+            with contextlib.suppress(FileNotFoundError), open(f"{locks}/{name}", "rb") as file:
+                paths.append(os.fsdecode(file.read()).partition("\0")[0])
     return list(filter(None, paths))
 
 
@@ -2011,6 +2011,7 @@ def find_programs() -> str:
 
 def get_program_folders() -> Iterator[str]:
     """Yield the folders where PostgreSQL's programs may be, those on PATH first."""
+    import glob
     import subprocess
 
     for folder in os.get_exec_path():
@@ -2529,6 +2530,8 @@ def find_sql_files(text: str) -> list[str]:
 
     Raises UsageError if it looks like a file or a folder and there is none.
     """
+    import glob
+
     if os.path.isdir(text):
         files = sorted(glob.glob(os.path.join(glob.escape(text), "*.sql")))
         if not files:
@@ -2572,6 +2575,8 @@ def find_files(pattern: str) -> dict[str, str]:
     The hashed path begins at the folder, or at the first wildcard, so it is the same in every
     checkout. Hidden files and backups are left out, unless the path names one itself.
     """
+
+    import glob
 
     if os.path.isfile(pattern):
         return {pattern: os.path.basename(pattern)}
@@ -2872,6 +2877,7 @@ class ThrowAwayServer:
         They are "" if there is no place to save data. Other programs or another locale have other
         files. Old files are removed.
         """
+        import glob
         import zlib
 
         try:
@@ -2993,6 +2999,8 @@ class ThrowAwayServer:
 
 def remove_old_files(pattern: str, used: str, count: int, size: int = sys.maxsize) -> None:
     """Remove all but the files used last, of this count and size in bytes, and the one in use."""
+    import glob
+
     files = [(os.stat(file), file) for file in glob.glob(pattern) if file != used]
     for status, file in sorted(files, key=lambda item: item[0].st_mtime, reverse=True):
         count, size = count - 1, size - status.st_size

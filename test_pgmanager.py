@@ -2134,9 +2134,8 @@ def test_serve_and_wrap_refuse_bad_template_options_before_they_connect_to_a_ser
     (folder / "hidden").mkdir()
     (folder / "hidden" / ".x").touch()
     monkeypatch.setenv("PGHOST", "/nowhere")
+    monkeypatch.setenv("PGM_DATABASE_PREFIX", "tp_")
     name, *words = command
-    if "--prefix" not in options:
-        options = ["--prefix", "tp_", *options]
     assert is_refused(run(name, *options, *words, cwd=folder), reason)
 
 
