@@ -135,6 +135,8 @@ class PostgresError(Error, RuntimeError):
 
 # accept(2) has these errors if the system is short of descriptors or memory.
 SCARCITY = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+CLIENT_PROGRAMS = r"psql|createdb|dropdb|pg_\w+"  # of PostgreSQL
+INSTALL_CLIENT = "install PostgreSQL's client package"
 
 
 class CommandError(Error):
@@ -153,6 +155,8 @@ class CommandError(Error):
             advice = "check its spelling, PATH and its #! line"
             if " " in program:
                 advice = "if it is a line for the shell, put sh -c before it"
+            elif re.fullmatch(CLIENT_PROGRAMS, program):
+                advice = INSTALL_CLIENT
         elif number == errno.ENOEXEC:
             reason, advice = "not a program", "begin the script with a line #!/bin/sh"
         elif number == errno.EACCES:
@@ -196,7 +200,11 @@ def get_socket_path(given: str | None = None) -> str:
     path = DEFAULT_SOCKET if path is None else os.fspath(path)
     if not path or "\0" in path:
         raise UsageError(f"bad socket path: {path!r}{source}; give the path of a UNIX socket")
-    path = os.path.abspath(path)
+    try:
+        path = os.path.abspath(path)
+    except FileNotFoundError:
+        problem = f"the current folder was deleted: {os.environ.get('PWD', '.')}"
+        raise UsageError(problem, "change to a folder that exists") from None
     size = len(os.fsencode(path))
     if size > MAX_PATH_BYTES:
         problem = f"socket path too long: {path}: {size} bytes, {MAX_PATH_BYTES} allowed"
@@ -524,8 +532,8 @@ def make_private_folder(uid: int | None = None) -> str:
     except FileExistsError:
         pass
     except OSError as error:
-        advice = "all servers meet in /tmp: make it a folder that you may write to"
-        raise LockError(f"cannot lock: {folder}: {error.strerror}", advice) from error
+        problem = f"cannot make the folder for lock files: {folder}: {error.strerror}"
+        raise LockError(problem, "make /tmp a folder that every user may write to") from error
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o077:
         raise LockError(f"cannot lock: {folder} is no folder of user {uid} alone", "remove it")
@@ -1229,8 +1237,8 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
             stack.enter_context(inner.pop_all())
             return listener
     except OSError as error:
-        problem = f"cannot serve: {path}: {error.strerror}"
-        raise SocketError(problem, "choose another socket with -s") from error
+        problem = f"cannot make the socket: {path}: {error.strerror}"
+        raise SocketError(problem, "choose another path, such as -s /tmp/pgm.sock") from error
 
 
 @contextlib.contextmanager
@@ -1945,6 +1953,19 @@ CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {MARK_LI
 COMMENT ON DATABASE :"name" IS '{MARK_COMMENT}, which drops it without asking';
 """
 
+# Its rows say what to do if PostgreSQL refuses to copy a template.
+REFUSED_SCRIPT = """
+SELECT format('let a superuser run ALTER ROLE %I CREATEDB', rolname) FROM pg_roles
+WHERE rolname = current_user AND NOT rolcreatedb AND NOT rolsuper
+UNION ALL SELECT format('let its owner run ALTER DATABASE %I IS_TEMPLATE true', datname)
+FROM pg_database
+WHERE datname = :'template' AND NOT datistemplate AND NOT pg_has_role(datdba, 'USAGE')
+UNION ALL SELECT 'end what is connected to it: ' || string_agg(
+    format('%s (process %s, role %s)', coalesce(nullif(application_name, ''), 'a program'), pid,
+        usename), ', ')
+FROM pg_stat_activity WHERE datname = :'template' AND pid <> pg_backend_pid();
+"""
+
 # CREATE DATABASE does not copy the settings of ALTER DATABASE ... SET, so this does. One that our
 # role may not set is skipped and shown. A list is stored as identifiers, ready to be used again,
 # but an empty one as "", which is not valid SQL.
@@ -2048,21 +2069,47 @@ def read_tail(file: Any) -> str:
     return os.fsdecode(file.read())
 
 
+# What to do about an error, by a part of its text. libpq's own errors are in English (LC_ALL=C). A
+# server may refuse a connection in another language: then we give no advice.
+CURES = {
+    "connect(ion)? to server.*(No such file|refused|timed out|timeout)": "no PostgreSQL answers"
+    " there: start it, or set {place} to where it is, or let wrap --ephemeral start one",
+    "could not translate host name": "this host comes from {host}: correct it there",
+    'FATAL:  role ".*" does not exist|authentication failed|no password|local user with ID': "set"
+    " PGUSER and PGPASSWORD, or the user and the password in DATABASE_URL",
+    r"could not look up effective user ID (\d+)": "give the user a name (useradd -u {0} NAME), or"
+    " run as another user",
+    'permission denied for database "postgres"': "pgmanager connects to the database postgres to"
+    " create others: GRANT CONNECT ON DATABASE postgres TO this role",
+    "pg_database_datname_index": "another program uses this prefix, maybe another pgmanager: choose"
+    " another --prefix",
+    rf"\b({CLIENT_PROGRAMS}): (command )?not found": INSTALL_CLIENT,
+}
+
+
+def find_cure(line: str) -> str:
+    """Return what to do about an error, "" if we do not know."""
+    has_host = "://[^/?]*[^/?@]([/?]|$)|[?&]host"
+    is_url = re.search(has_host, os.environ.get("DATABASE_URL", ""))
+    place, host = ["DATABASE_URL"] * 2 if is_url else ["PGHOST and PGPORT", "PGHOST"]
+    for pattern, cure in CURES.items():
+        if match := re.search(pattern, line):
+            return cure.format(*match.groups(), place=place, host=host)
+    return ""
+
+
 def find_error(output: str) -> str:
-    """Return the first error in an output, with PostgreSQL's hint.
+    """Return the first error in an output, with PostgreSQL's hint and what to do about it.
 
     If PostgreSQL speaks another language than English, that is the first line with an SQLSTATE or
     of psql; else the last line.
     """
     lines = output.splitlines() or ["no output"]
     for number, line in enumerate(lines):
-        if re.search(r"(?i)\b(error|fatal)\b|^\S+:  [0-9A-Z]{5}: ", line):
+        cure = find_cure(line)
+        if cure or re.search(r"(?i)\b(error|fatal)\b|^\S+:  [0-9A-Z]{5}: ", line):
             hints = [each for each in lines[number + 1 : number + 4] if each.startswith("HINT:")]
-            reason = "; ".join([line, *hints])
-            if re.search('FATAL: .* database "postgres"', line):
-                reason += "; pgmanager connects to the database postgres to create others: GRANT"
-                reason += " CONNECT ON DATABASE postgres TO this role"
-            return reason
+            return "; ".join(filter(None, [line, *hints, cure]))
     return next((line for line in lines if line.startswith("psql:")), lines[-1])
 
 
@@ -2103,8 +2150,8 @@ class Session:
                 pass_fds=() if lock == NO_LOCK else (lock,),
             )
         except OSError as error:
-            advice = "install PostgreSQL's client package, or pgmanager[postgres]"
-            raise PostgresError(f"cannot run psql: {error.strerror}", advice) from error
+            problem = f"psql is missing, or cannot run: {error.strerror}"
+            raise PostgresError(problem, f"{INSTALL_CLIENT}, or pgmanager[postgres]") from error
 
     def run(
         self, script: str, wait_for: Callable[[Any], object] = wait_readable, **values: str
@@ -2219,7 +2266,15 @@ class Postgres:
     def create(self, session: Session, name: str, template: str) -> None:
         """Copy a template, in place of a database of ours if there is one."""
         self._free(session, name)
-        session.run(CREATE_SCRIPT, name=name, template=template)
+        try:
+            session.run(CREATE_SCRIPT, name=name, template=template)
+        except PostgresError as error:
+            # By words, or in other languages by SQLSTATE: insufficient_privilege, object_in_use.
+            if not re.search("permission denied to|being accessed|42501|55006", str(error)):
+                raise
+            with self.session() as another:  # the psql of the first one has ended
+                rows = another.run(REFUSED_SCRIPT, template=template)
+            raise PostgresError(str(error), "; ".join(row[0] for row in rows)) from error
 
     def _free(self, session: Session, name: str) -> None:
         """Prove that a database is ours, and end in it what DROP DATABASE would stop at."""
@@ -2728,6 +2783,7 @@ SETTINGS = (
 )
 # After the user's own options: the log must say when the server is ready.
 LOGGING = ("logging_collector=off", "log_destination=stderr", "log_min_messages=warning")
+LOGGING += ("lc_messages=C",)
 
 MAX_EMPTY, MAX_PACKED = 3, 8  # packed data of a user: empty clusters, and those with a template
 MAX_PACKED_BYTES = 1_000_000_000  # of all that have a template
@@ -2803,7 +2859,7 @@ class ThrowAwayServer:
         fits = os.path.isabs(self._base) and len(os.fsencode(self._base)) <= room
         is_usable = fits and os.access(self._base, os.W_OK | os.X_OK)
         if not is_usable or (self._user and not is_open_to_all(self._base)):
-            advice = f"set TMPDIR to an absolute path of at most {room} bytes, open to all users"
+            advice = f"set TMPDIR to an absolute path of at most {room} bytes, writable for all"
             name = "TMPDIR is " if os.environ.get("TMPDIR") else ""
             raise PostgresError(f"no place for PostgreSQL: {name}{self._base!r}", advice)
 
@@ -2933,8 +2989,9 @@ class ThrowAwayServer:
             self._signals.wait_for(watchdog.stdout)
             piece = os.read(watchdog.stdout.fileno(), 65536)
             if not piece:
-                problem = f"PostgreSQL did not start: {find_error(os.fsdecode(log))}"
-                raise PostgresError(problem, f"see --server-options and {self._base}")
+                reason = find_error(os.fsdecode(log))
+                advice = "" if "; " in reason else f"check --server-options and {self._base}"
+                raise PostgresError(f"PostgreSQL did not start: {reason}", advice)
             log += piece
 
         def drain() -> None:  # the server would block if its log filled the pipe
@@ -3198,7 +3255,8 @@ def run_wrap(args: argparse.Namespace) -> int:
         if held := server.get_held_names():
             say(f"still leased after the command has ended: {', '.join(held)}")
         if not server.status()["leases"]:
-            say("no lease was taken: the command used none of exec, acquire, pytest -p")
+            advice = "give pytest -p pgmanager, or start each test process with pgmanager exec"
+            say(f"no lease was taken: {advice}")
         if returncode and preparer is None and not postgres.is_private:
             report_missing_databases(postgres, names)
         if options.is_verbose:
@@ -3267,12 +3325,15 @@ def bind_wrap_socket(
 
 def report_missing_databases(postgres: Postgres, names: Sequence[str]) -> None:
     """Say which databases of a plain pool do not exist, if PostgreSQL tells."""
+    import shlex
+
     with contextlib.suppress(PostgresError), postgres.session() as session:
         rows = session.run("SELECT datname FROM pg_database;")
         if missing := [name for name in names if [name] not in rows]:
-            text = f"these databases do not exist: {', '.join(missing[:8])}"
-            advice = "give --init or --template, or create them with wrap-each -x -- createdb"
-            say(f"{text}; {advice}")
+            text = f"{len(missing)} of {len(names)} databases do not exist: {missing[0]} ..."
+            pool = f"--prefix {shlex.quote(names[0][:-1])} --count {len(names)}"
+            advice = "give --init or --template, or create empty ones: pgmanager wrap-each"
+            say(f"{text}; {advice} {pool} -i -x -- createdb")
 
 
 def run_wrap_each(args: argparse.Namespace) -> int:

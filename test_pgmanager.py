@@ -3843,6 +3843,220 @@ def test_wrap_saves_no_cluster_in_a_folder_of_another_user(
     assert saved_clusters(folder) == []
 
 
+# ---------------------------------------------------------------------------------- Messages
+#
+# What a beginner meets. Each case has its real cause. The line about it says what failed, and what
+# to do.
+
+Env = dict[str, str]
+NO_SERVER = "no PostgreSQL answers there: start it, or set "
+NO_HOST = 'could not translate host name "nosuch.invalid" to address: '
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("env", "problem", "cure"),
+    [
+        ({"PGHOST": "/x"}, '"/x/.s.PGSQL.', f"{NO_SERVER}PGHOST and PGPORT to"),
+        ({"PGHOST": "127.0.0.1", "PGPORT": "1"}, "port 1 failed: ", "let wrap --ephemeral start"),
+        ({"DATABASE_URL": "postgres://127.0.0.1:1"}, "port 1 failed: ", f"{NO_SERVER}DATABASE_URL"),
+        ({"DATABASE_URL": "postgres:///?host=/x"}, '"/x/.s.PGSQL.', f"{NO_SERVER}DATABASE_URL to"),
+        ({"PGHOST": "nosuch.invalid"}, NO_HOST, "this host comes from PGHOST: correct it"),
+        ({"DATABASE_URL": "postgres://nosuch.invalid/x"}, NO_HOST, "comes from DATABASE_URL: "),
+        ({"DATABASE_URL": "postgres://u@/x", "PGHOST": "nosuch.invalid"}, NO_HOST, "from PGHOST: "),
+    ],
+)
+def test_a_failed_connection_names_the_variable_that_says_where_postgresql_is(
+    env: Env, problem: str, cure: str, folder: Path
+) -> None:
+    words = ("--prefix", "db", "--init", "touch made", "echo", "ran")
+    done = run("wrap", *words, cwd=folder, env={**os.environ, **env})
+    assert (done.returncode, done.stdout, is_one_line(done.stderr)) == (125, "", True)
+    assert problem in done.stderr
+    assert cure in done.stderr
+    assert not (folder / "made").exists()
+
+
+@needs_postgres
+def test_a_refusal_of_postgresql_names_the_role_or_the_session_and_a_cure_that_works(
+    cluster: Cluster, role: str
+) -> None:
+    others = cluster.create("template_others")
+    quoted_role, quoted_others = map(pgmanager.quote_identifier, (role, others))
+    cluster.sql(f"ALTER ROLE {quoted_role} NOCREATEDB")
+    init = ("--init", "true", "--", "true")
+    copy = ("--template", others, "--", *PGMANAGER, "exec", "true")
+    for words, problem, who, cure in (
+        (init, "create database", "a superuser", f"ALTER ROLE {quoted_role} CREATEDB"),
+        (copy, "copy database", "its owner", f"ALTER DATABASE {quoted_others} IS_TEMPLATE true"),
+    ):
+        done = run("wrap", *words)
+        assert (done.returncode, done.stdout) == (125, "")
+        assert f"permission denied to {problem}" in done.stderr
+        assert f"; let {who} run {cure}" in done.stderr
+        cluster.sql(cure)
+        assert run("wrap", *words).returncode == 0
+    used = {"dbname": "template1", "user": "postgres", "application_name": "pgAdmin"}
+    with psycopg.connect(**used) as session:  # type: ignore[arg-type]
+        cure = f"end what is connected to it: pgAdmin (process {session.info.backend_pid}, role pos"
+        done = run("wrap", *init)
+    assert f'"template1" is being accessed by other users; {cure}tgres)\n' in done.stderr
+    assert is_one_line(done.stderr)
+
+
+@needs_postgres
+def test_a_role_that_may_not_connect_is_told_where_roles_and_passwords_are_set(
+    admin: psycopg.Connection[Any], folder: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("PGUSER", "keyed")
+    words = ("wrap", "--prefix", "db", "--init", "true", "true")
+    cure = "; set PGUSER and PGPASSWORD, or the user and the password in DATABASE_URL\n"
+    assert f'role "keyed" does not exist{cure}' in run(*words, cwd=folder).stderr
+    rules = Path(os.environ["PGHOST"], "data/pg_hba.conf")
+    rules.write_text(f"local all keyed scram-sha-256\n{rules.read_text()}")
+    admin.execute("CREATE ROLE keyed LOGIN; SELECT pg_reload_conf()")
+    error = f"no password supplied{cure}"  # PostgreSQL may need a moment to read the rules
+    wait_until(lambda: error in run(*words, cwd=folder).stderr, error)
+
+
+@needs_postgres
+def test_a_database_that_another_program_makes_at_the_same_time_is_an_error_with_a_cure(
+    cluster: Cluster, path: str
+) -> None:
+    other, copy = map(pgmanager.quote_identifier, (cluster.create("other"), f"{cluster.prefix}0"))
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ '^CREATE'"
+    words = ("--template", "template1")
+    with psycopg.connect(dbname="postgres") as renaming:
+        renaming.execute(f"ALTER DATABASE {other} RENAME TO {copy}".encode())
+        with served(path, *words, prefix=cluster.prefix), connect(path) as client:
+            wait_until(lambda: cluster.sql(waits), "CREATE DATABASE")
+            renaming.commit()
+            answer = client.recv(1024).decode()
+    assert 'pg_database_datname_index"; another program uses this prefix, ' in answer
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "error"),
+    [
+        ("wrap --init x.sql echo ran", 125, "psql is missing, or cannot run: No such file"),
+        ("wrap-each psql", 127, "cannot run: 'psql': not found"),
+        ("wrap-each -x createdb", 127, "cannot run: 'createdb': not found"),
+        ("wrap --prepare psql PGMANAGER exec true", 125, "exit status 127: .*psql: .*not found"),
+    ],
+)
+def test_without_psql_a_command_says_what_to_install(
+    words: str, status: int, error: str, folder: Path, monkeypatch: Patch
+) -> None:
+    """An empty PATH does not hide the folders that packages of the system install in."""
+    (folder / "x.sql").touch()
+    for name, value in {
+        "PATH": folder,
+        "PGM_DATABASE_PREFIX": "db",
+        "PGM_DATABASE_COUNT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    code = "import glob, runpy, sys; glob.glob = lambda pattern: []; del sys.argv[0];"
+    code += "runpy.run_path(sys.argv[0], None, '__main__')"
+    command = shlex.split(words.replace("PGMANAGER", shlex.join(PGMANAGER)))
+    done = run_program(*quick_python(code, str(MODULE), *command), cwd=folder)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert re.search(f"{error}.*; install PostgreSQL's client package", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "error"),
+    [
+        (
+            "wrap --prefix db --init 'touch FOLDER/made' echo ran",
+            {},
+            "cannot make the socket: FOLDER/shut/tmp/pgmanager.sock: Permission denied; choose "
+            "another path, such as -s /tmp/pgm.sock",
+        ),
+        (
+            "wrap -s FOLDER/s --ephemeral echo ran",
+            {"TMPDIR": "FOLDER/shut"},
+            "no place for PostgreSQL: TMPDIR is 'FOLDER/shut'; set TMPDIR to ",
+        ),
+        (
+            "wrap -s FOLDER/s --ephemeral echo ran",
+            {},
+            "initdb: could not look up effective user ID UID: user does not exist; give the user a "
+            "name (useradd -u UID NAME), or run as another user\n",
+        ),
+        (
+            "wrap -s FOLDER/s --prefix db --init true echo ran",
+            {"PGHOST": "/x"},
+            "local user with ID UID does not exist; set PGUSER and ",
+        ),
+    ],
+)
+@needs_postgres
+def test_a_user_without_rights_or_without_a_name_is_told_the_cause(
+    words: str, env: Env, error: str, user: User, folder: Path, monkeypatch: Patch
+) -> None:
+    options, uid, _ = user
+    if not pgmanager.is_open_to_all(pgmanager.find_programs()):
+        pytest.skip("only root can run PostgreSQL's programs here")
+    options["program"][2] = f"import hashlib, pwd, shutil, subprocess, tempfile, zlib\n{AS_USER}"
+    (folder / "shut").mkdir(0o755)
+    monkeypatch.setenv("FIRST", f"os.chdir('{folder}/shut')")
+    monkeypatch.delenv("PGUSER", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value.replace("FOLDER", str(folder)))
+    with started(*shlex.split(words.replace("FOLDER", str(folder))), **options) as process:
+        stdout, stderr = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, stdout, is_one_line(stderr)) == (125, "", True), stderr
+    assert error.replace("FOLDER", str(folder)).replace("UID", str(uid)) in stderr
+    assert os.listdir(folder) == ["shut"]
+
+
+@linux
+def test_a_tmp_that_cannot_be_written_is_named(user: User) -> None:
+    options, _, private = user
+    mount = 'mount -t tmpfs -o mode=0755 none /tmp && exec "$@"'
+    options["program"] = ["unshare", "-m", "sh", "-c", mount, "sh", *options["program"]]
+    with started("wrap", "-s", "/nowhere/s", "--prefix", "db", "true", **options) as process:
+        stdout, stderr = process.communicate(timeout=DEADLINE)
+    if "mount" in stderr or "unshare" in stderr:
+        pytest.skip("no mounts here")
+    assert (process.returncode, stdout, is_one_line(stderr)) == (125, "", True), stderr
+    problem = f"cannot make the folder for lock files: {private}: Permission denied"
+    assert f"{problem}; make /tmp a folder that every user may write to" in stderr
+
+
+@pytest.mark.parametrize("words", ["wrap --prefix db echo ran", "exec echo ran", "status"])
+def test_a_current_folder_that_was_deleted_is_named(words: str, folder: Path) -> None:
+    script = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+    program = ["sh", "-c", script, "sh", *PGMANAGER, *words.split()]
+    done = run_program(*program, cwd=folder)
+    assert is_refused(done, f"the current folder was deleted: {folder}/gone; change to")
+
+
+@needs_postgres
+def test_wrap_names_missing_databases_and_how_to_make_them_if_command_fails(
+    cluster: Cluster,
+) -> None:
+    wrap = ("wrap", "--count", "3", "--", "sh", "-c")
+    assert "not exist" not in run(*wrap, "exit 0").stderr
+    done = run(*wrap, "exit 3")
+    assert done.returncode == 3
+    line, _, words = done.stderr.splitlines()[-1].partition(": pgmanager wrap-each ")
+    assert line.startswith(f"pgmanager: 3 of 3 databases do not exist: {cluster.prefix}0 ...; give")
+    assert run("wrap-each", *shlex.split(words)).returncode == 0
+    assert cluster.names() == {"0", "1", "2"}
+    assert "not exist" not in run(*wrap, "exit 3").stderr
+
+
+@needs_postgres
+def test_a_template_that_does_not_exist_is_refused_before_anything_starts(
+    cluster: Cluster, folder: Path
+) -> None:
+    before = os.listdir(folder)
+    done = run("wrap", "--template", "nosuch", "echo", "ran")
+    assert is_refused(done, "no such template: nosuch; create it first, or use --init")
+    assert (os.listdir(folder), cluster.names()) == (before, set())
+
+
 # ----------------------------------------------------------------------------------- Recipes
 #
 # Every sh block of README runs here, in a folder that has all of README's files. Numbers of tests
