@@ -2782,8 +2782,10 @@ SETTINGS = (
     *("timezone=UTC", "log_timezone=UTC"),  # initdb would take the zone of the first caller
 )
 # After the user's own options: the log must say when the server is ready.
-LOGGING = ("logging_collector=off", "log_destination=stderr", "log_min_messages=warning")
-LOGGING += ("lc_messages=C",)
+LOGGING = (
+    *("logging_collector=off", "log_destination=stderr"),
+    *("log_min_messages=warning", "lc_messages=C"),
+)
 
 MAX_EMPTY, MAX_PACKED = 3, 8  # packed data of a user: empty clusters, and those with a template
 MAX_PACKED_BYTES = 1_000_000_000  # of all that have a template
