@@ -2601,9 +2601,10 @@ def find_sql_files(text: str) -> list[str]:
 
 
 def reads_other_files(path: str) -> bool:
-    """Tell whether an SQL file may read other files.
+    """Tell whether an SQL file may read other files: it has a command that begins with a backslash.
 
-    Raises UsageError if it connects to a database, or makes, drops or alters one.
+    Raises UsageError if it connects to a database, or makes, drops or alters one. The file is split
+    as psql splits it (psqlscan.l): comments, quoted text and the data of COPY are no statements.
     """
     try:
         with open(path, "rb") as file:
@@ -2611,17 +2612,44 @@ def reads_other_files(path: str) -> bool:
     except OSError as error:
         problem = f"bad init: cannot read: {path}: {error.strerror}"
         raise UsageError(problem, "make it readable") from None
-    text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which psql ignores too
-    # What COPY reads from the file itself is not SQL.
-    text = re.sub(rb"(?ims)^copy\b[^;]*\bfrom stdin\b[^;]*;.*?^\\\.$", b"", text)
-    leaving = re.search(
-        rb"(?im)^[ \t]*(\\c(onnect)?\b|(create|drop|alter)[ \t]+database\b).*", text
+    # psql ignores a byte order mark. At the end of the file it runs a statement that has no ";".
+    text = text.removeprefix(b"\xef\xbb\xbf") + b"\n;"
+    # Quoted text has no name. Each alternative begins with a literal character, so that re can look
+    # for these characters alone: a dump of 100 MB takes seconds.
+    token = re.compile(
+        rb"""
+        '(?<=[Ee]')(?<![\w$\x80-\xff]..)[^'\\]*(?:(?:\\.|'')[^'\\]*)*'?  # E'it\'s'
+        | '[^']*'? | "[^"]*"?
+        | \$(?<![\w$\x80-\xff].)(?P<tag>[\w\x80-\xff]*\$).*?(\$(?P=tag)|\Z)
+        | -(?P<line>-)[^\r\n]* | /(?P<open>\*)
+        | ;(?P<end>) | \\(?P<harmless>[;:]|((un)?restrict|\.)[^\n]*)
+        | \\(?P<connect>c(onnect)?(?![^\s\\])[^\n]*) | \\(?P<command>[^\\\n]*(\\\\)?)
+        """,
+        re.DOTALL | re.VERBOSE,
     )
-    if leaving:
-        line = os.fsdecode(leaving[0].strip()[:60])
-        advice = "leave it out; pg_dump writes it with --create"
-        raise UsageError(f"bad init: {path} would leave its database: {line!r}", advice)
-    return bool(re.search(rb"(?m)^[ \t]*\\(?!restrict\b|unrestrict\b|\.)", text))
+    in_comment = re.compile(rb"/(?P<open>\*)|\*(?P<close>/)")  # comments can be nested
+    leaving = re.compile(rb"(?i)\s*(create|drop|alter)\s+database\b")
+    copying = re.compile(rb"(?is)\s*\\?copy\b(?!\s*\().*\bfrom\s+stdin\b")
+    end_of_data = re.compile(rb"\n\\\.\r?\n")
+    may_read, depth, statement, start, position = False, 0, bytearray(), 0, 0
+    while found := (in_comment if depth else token).search(text, position):
+        kind, position = found.lastgroup, found.end()
+        if kind in ("line", "open", "close"):  # for SQL, a comment is a space
+            statement += b" " if depth else text[start : found.start()]
+            depth += (kind == "open") - (kind == "close")
+            start = position
+        elif kind:
+            statement += text[start:position]
+            if kind == "connect" or leaving.match(statement):
+                line = os.fsdecode(bytes(statement.strip()[:60]))
+                advice = "leave it out; pg_dump writes it with --create"
+                raise UsageError(f"bad init: {path} would leave its database: {line!r}", advice)
+            may_read |= kind == "command"
+            if copying.match(statement):
+                end = end_of_data.search(text, position)
+                position = end.end() if end else len(text)
+            statement, start = bytearray(), position
+    return may_read
 
 
 def find_files(pattern: str) -> dict[str, str]:

@@ -2139,19 +2139,70 @@ def test_serve_and_wrap_refuse_bad_template_options_before_they_connect_to_a_ser
     assert is_refused(run(name, *options, *words, cwd=folder), reason)
 
 
-LEAVING = ["\\c x", "\ufeff\\c x", " \\connect x", "CREATE DATABASE x;"]
-LEAVING += ["select 1;\n\tdrop  database x;", "Alter Database x SET a = b;"]
-LEAVING += ["COPY t FROM stdin;\n1\n\\.\n\\c x"]
-
-
-@pytest.mark.parametrize("text", LEAVING)
+@pytest.mark.parametrize("text", ["\\connect x", "select 1; drop database if exists x;"])
 def test_wrap_refuses_an_init_file_that_changes_or_connects_to_a_database(
     text: str, folder: Path, monkeypatch: Patch
 ) -> None:
     (folder / "x.sql").write_text(text)
     monkeypatch.setenv("PGHOST", "/nowhere")
     done = run("wrap", "--prefix", "db", "--init", "x.sql", "echo", "ran", cwd=folder)
-    assert is_refused(done, "x.sql would leave its database")
+    assert is_refused(done, f"x.sql would leave its database: {text.split('; ')[-1]!r}; leave it")
+
+
+LEAVES, READS, STAYS = "leaves its database", "may read other files", "does neither"
+SCRIPTS = [
+    (LEAVES, "\\c x"),
+    (LEAVES, "\ufeff\\c x"),
+    (LEAVES, " \\connect\tx"),
+    (LEAVES, "select (1 \\c x"),
+    (LEAVES, "\\echo x \\c x"),
+    (LEAVES, "\\echo it's\ndrop database x;"),
+    (LEAVES, "\\echo x \\\\ drop database x;"),
+    (LEAVES, "\\restrict x\n\\unrestrict x\nselect 1 \\g\ndrop database x \\g"),
+    (LEAVES, "select 1 \\; alter database x set a = b;"),
+    (LEAVES, "\ufeffCREATE DATABASE x"),
+    (LEAVES, "select 1;\n\tdrop  database x"),
+    (LEAVES, "-- a\rAlter-- b\n/* c /* d */ */DATABASE\n\nx"),
+    (LEAVES, '/*/ /***/ * -- */drop/**/database"x"'),
+    (LEAVES, "select 1 +/* ' */ 1 -- '\n; drop database x;"),
+    (LEAVES, "select 'it''s', '\\', type'\\', E'\\'''', \"'\"; drop database x;"),
+    (LEAVES, "select a$$b$; select $b$ $$ $a$ $b$; drop database x;"),
+    (LEAVES, "copy t from stdin;\n1\n\\.\n\\c x"),
+    (LEAVES, "copy t from stdin;\r\nit's\r\n\\.\r\ndrop database x;"),
+    (LEAVES, "\\copy t from stdin null '\\N'\nit's\n\\.\ndrop database x;"),
+    (LEAVES, "copy (select 1 from stdin) to stdout; drop database x;"),
+    (READS, "\\i x.sql"),
+    (READS, "select 1 \\gexec"),
+    (READS, "\\echo drop database x;"),
+    (READS, "\\C x"),
+    (READS, "\\cd x"),
+    (READS, "\\copy t from stdin\n\\c x\n\\.\n"),
+    (STAYS, "\\restrict x\n\\unrestrict x"),
+    (STAYS, "/* Drop\ndrop database x; /* */\n\\c x */"),
+    (STAYS, "/*" * 100_000),
+    (STAYS, "select 1; --; \\c x\r\n"),
+    (STAYS, "select '; drop database x;"),
+    (STAYS, "select '\ncreate database x;\n\\c x';"),
+    (STAYS, "select E'\\'; drop database x; --', e'''\\'; drop database x;';"),
+    (STAYS, 'select "\\c x; drop database x;";'),
+    (STAYS, "do $$ begin\ncreate database x;\n\\c x\nend $$;"),
+    (STAYS, "do $_a1$ $$; drop database x; $_a1$;"),
+    (STAYS, "copy t from stdin;\r\ndrop database x;\r\n\\i x\r\n\\.\r\n"),
+    (STAYS, "copy t from stdin;\n\\.x\n \\.\n\\c x\n"),
+    (STAYS, "\tCopy/**/t (a, b)\nFROM -- ;\nSTDIN\nwith (delimiter ';');\n\\c x\n\\.\n"),
+    (STAYS, "comment on database x is 'alter'; create table database(); drop table database;"),
+    (STAYS, "select (create database x);"),
+]
+
+
+def test_an_init_file_leaves_its_database_only_by_what_psql_would_run(tmp_path: Path) -> None:
+    for expected, text in SCRIPTS:
+        (tmp_path / "x.sql").write_bytes(text.encode())
+        try:
+            outcome = READS if pgmanager.reads_other_files(str(tmp_path / "x.sql")) else STAYS
+        except pgmanager.UsageError:
+            outcome = LEAVES
+        assert outcome == expected, text[:99]
 
 
 @needs_postgres
