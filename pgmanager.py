@@ -1232,6 +1232,8 @@ def get_command_line(pid: int) -> str | None:
 # ------------------------------------------------------------------------------------ Client
 
 PATIENCE = 10  # seconds of waiting before we say once what we wait for
+DEADLOCK = "every process that has one waits for another itself"  # we say so after one second
+NONE_CAME = "no database came free"
 
 
 class Lease(str):
@@ -1280,20 +1282,18 @@ def acquire(timeout: float | str | None = None, *, socket_path: str | None = Non
 
     Arguments that are None come from the environment: PGM_TIMEOUT, else wait for ever; PGM_SOCKET
     or PGMANAGER_SOCKET, else tmp/pgmanager.sock. With a timeout of 0 a name is taken only if one is
-    free. After ten seconds of waiting, one line on stderr says who holds the databases. Raises
-    UsageError, ServerError, PoolBroken or AcquireTimeout.
+    free. After ten seconds of waiting, one line on stderr says who holds the databases; after one
+    second, if each holder waits itself. Raises UsageError, ServerError, PoolBroken or
+    AcquireTimeout.
     """
     path, seconds = get_socket_path(socket_path), get_timeout(timeout)
-    started = time.monotonic()
+    started, problem = time.monotonic(), ""
     with socket.socket(socket.AF_UNIX) as connection:
         connect(connection, path, seconds)
-        is_patient = seconds is None or seconds > PATIENCE
-        if is_patient and not wait_readable(connection, seconds=PATIENCE):
-            say(explain_wait(path, started, "waiting for a database"))
-        left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-        problem = ""
-        if not wait_readable(connection, seconds=left):
-            problem = explain_wait(path, started, "no database came free")
+        if not wait_readable(connection, seconds=get_rest(started, seconds, 1)):
+            with explaining_wait(path, started):
+                if not wait_readable(connection, seconds=get_rest(started, seconds)):
+                    problem = explain_wait(path, started, NONE_CAME)
         return receive(connection, path, problem)
 
 
@@ -1309,7 +1309,7 @@ async def acquire_async(
     import asyncio
 
     path, seconds = get_socket_path(socket_path), get_timeout(timeout)
-    started = time.monotonic()
+    started, problem = time.monotonic(), ""
     loop = asyncio.get_running_loop()
     # With asyncio.wait(), because up to Python 3.11 wait_for() can lose a cancellation that comes
     # just after the answer.
@@ -1319,33 +1319,34 @@ async def acquire_async(
         loop.remove_reader(connection)
         answered.set_result(None)
 
-    async def explain(what: str) -> str:
-        return await loop.run_in_executor(None, explain_wait, path, started, what)
-
-    problem = ""
     with socket.socket(socket.AF_UNIX) as connection:
         while True:
             try:
                 connect(connection, path, 0)
                 break
             except AcquireTimeout:  # the backlog is full
-                if seconds is not None and time.monotonic() > started + seconds:
+                if get_rest(started, seconds) == 0:
                     raise
                 await asyncio.sleep(0.05)
         loop.add_reader(connection, mark_answered)  # loop.sock_recv() would drop the descriptor
         try:
-            if seconds is None or seconds > PATIENCE:
-                await asyncio.wait([answered], timeout=PATIENCE)
-                if not answered.done():
-                    say(await explain("waiting for a database"))
-            left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-            await asyncio.wait([answered], timeout=left)
+            await asyncio.wait([answered], timeout=get_rest(started, seconds, 1))
             if not answered.done():
-                problem = await explain("no database came free")
+                with explaining_wait(path, started):
+                    await asyncio.wait([answered], timeout=get_rest(started, seconds))
+                    if not answered.done():
+                        words = (path, started, NONE_CAME)
+                        problem = await loop.run_in_executor(None, explain_wait, *words)
         finally:
             loop.remove_reader(connection)
         with receive(connection, path, problem) as lease:
             yield lease
+
+
+def get_rest(started: float, *limits: float | None) -> float | None:
+    """Return how many seconds are left until the first of the limits; None if there is none."""
+    ends = [limit for limit in limits if limit is not None]
+    return max(started + min(ends) - time.monotonic(), 0) if ends else None
 
 
 def connect(connection: socket.socket, path: str, seconds: float | None) -> None:
@@ -1355,31 +1356,45 @@ def connect(connection: socket.socket, path: str, seconds: float | None) -> None
     has the same error for a dead socket, so there it blocks for at most a second.)
     """
     connection.settimeout(seconds)
-    limit = MAX_TIMEOUT if seconds is None else seconds
-    deadline = time.monotonic() + (limit if LINUX else min(limit, 1))
+    started, limit = time.monotonic(), None if LINUX else 1
     full = BlockingIOError if LINUX else ConnectionRefusedError
     while True:
         try:
+            check_socket_owner(path)
             connection.connect(path)
             return
         except OSError as caught:
             error = caught
-        if not isinstance(error, full) or time.monotonic() >= deadline:
+        if not isinstance(error, full) or get_rest(started, seconds, limit) == 0:
             break
         time.sleep(0.05)
     if isinstance(error, BlockingIOError):
         advice = "it was stopped, or has too many clients for its limit on descriptors"
         raise AcquireTimeout(f"the server accepts nobody: {path}", advice) from error
     if os.path.isfile(path) or os.path.isdir(path):
-        advice = "set PGM_SOCKET to the socket of a server"
-        raise ServerError(f"not a socket: {path}", advice) from error
+        raise ServerError(f"not a socket: {path}", "set PGM_SOCKET to a server's") from error
     if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-        raise ServerError(f"cannot connect: {path}: {error.strerror}", "set PGM_SOCKET") from error
+        problem = f"cannot connect: {path}: {error.strerror}"
+        raise ServerError(problem, "set PGM_SOCKET to another socket") from error
     advice = "start one with 'pgmanager serve', or run this under 'pgmanager wrap'"
     is_default = path == os.path.abspath(DEFAULT_SOCKET)
     if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
         advice += "; PGM_SOCKET is not set here: env -i and tox drop it"
     raise ServerError(f"no server at the socket: {path}", advice) from error
+
+
+def check_socket_owner(path: str) -> None:
+    """Raise PermissionError for another user's socket in a folder that all may write to (/tmp).
+
+    Elsewhere the folder's owner decides who may put a socket there, so we trust it. That includes
+    the folder's group: with a umask of 002, which is common, each user's group may write.
+    """
+    trusted = (str(os.geteuid()), "0", os.environ.get("SUDO_UID"))
+    for each in (path, os.path.realpath(path)):  # of a link: the link, and what it leads to
+        owner, folder = os.lstat(each).st_uid, os.stat(os.path.dirname(each))
+        if folder.st_mode & stat.S_IWOTH and str(owner) not in trusted:
+            problem = f"it belongs to user {owner}, and all may write to its folder"
+            raise PermissionError(errno.EACCES, problem)
 
 
 def receive(connection: socket.socket, path: str, problem: str) -> Lease:
@@ -1422,8 +1437,7 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     """
     import json
 
-    answer = b""
-    deadline = time.monotonic() + seconds
+    started, answer = time.monotonic(), b""
     gives_none = contextlib.suppress(AcquireTimeout, ConnectionResetError, ValueError)
     with socket.socket(socket.AF_UNIX) as connection, gives_none:
         # An abstract name leaves no file behind, unix(7). Elsewhere the file can go at once.
@@ -1432,7 +1446,7 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
         if not LINUX:
             os.unlink(f"/tmp/{name}")
         connect(connection, path, seconds)
-        while wait_readable(connection, seconds=max(deadline - time.monotonic(), 0)):
+        while wait_readable(connection, seconds=get_rest(started, seconds)):
             piece = connection.recv(65536)
             answer += piece
             # Stop at what is not JSON. A server that knows no observers has leased us a name, which
@@ -1445,27 +1459,61 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     return None
 
 
+@contextlib.contextmanager
+def explaining_wait(path: str, started: float) -> Iterator[None]:
+    """Explain once on stderr, from a thread, what the block waits for, if it waits for long."""
+    is_over = threading.Event()
+
+    def explain() -> None:
+        for patience in (1, PATIENCE):
+            if is_over.wait(get_rest(started, patience)):
+                return
+            text = explain_wait(path, started, "waiting for a database")
+            if patience == PATIENCE or DEADLOCK in text:
+                say_uncaptured(text)
+                return
+
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        threading.Thread(target=explain, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def say_uncaptured(text: str) -> None:
+    """Print a line on stderr, also in a test whose output pytest captures."""
+    # Only its import hook leads to the config of a pytest that runs in this process.
+    finders: list[Any] = sys.meta_path
+    hooks = [each for each in finders if type(each).__name__ == "AssertionRewritingHook"]
+    captures = [hook.config.pluginmanager.getplugin("capturemanager") for hook in hooks]
+    with contextlib.ExitStack() as stack:
+        for capture in filter(None, captures):
+            stack.enter_context(capture.global_and_fixture_disabled())
+        say(text)
+
+
 def explain_wait(path: str, since: float, what: str) -> str:
     """Explain why we still wait: who holds which name. ``since`` is a time.monotonic()."""
     waited = time.monotonic() - since
     text = f"{what}: {waited:.3g} s waited at {path}"
     try:
         status = observe(path, seconds=1)
-    except ServerError:
+    except OSError:  # a ServerError, or no descriptor is left
         status = None
     if status is None:
         return f"{text}; the server gives no status: it was stopped, or has too many clients"
     # This process may wait in several threads or tasks. Take the one whose time is nearest to ours.
-    waiters = status["waiting"]
+    waiters, databases = status["waiting"], status["databases"]
     ours = [number for number, waiter in enumerate(waiters) if waiter["pid"] == os.getpid()]
     ahead = min(ours, key=lambda n: abs(waiters[n]["seconds"] - waited), default=len(waiters))
-    holders = [row["pid"] for row in status["databases"]]
+    holders = {row["pid"] for row in databases}
     advice = "raise --count on the server, or the timeout"
-    if None not in holders and {*holders} <= {waiter["pid"] for waiter in waiters}:
-        advice = "every process that has one waits for another itself: raise --count on the server"
+    if None not in holders and holders <= {waiter["pid"] for waiter in waiters}:
+        advice = f"{DEADLOCK}: raise --count on the server"
     held = [
         f"{row['name']} {row['state']} for {format_seconds(row['seconds'])} {describe(row)[:80]}"
-        for row in status["databases"]
+        for row in databases
         if row["state"] != FREE
     ]
     more = f" and {len(held) - 8} more" if len(held) > 8 else ""

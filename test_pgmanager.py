@@ -1165,8 +1165,8 @@ def one_name(path: str, monkeypatch: Patch) -> Iterator[None]:
         ended(process)
 
 
-def acquire_and_release(timeout: Any = None) -> str:
-    with pgmanager.acquire(timeout) as lease:
+def acquire_and_release(timeout: Any = None, path: str | None = None) -> str:
+    with pgmanager.acquire(timeout, socket_path=path) as lease:
         return lease
 
 
@@ -1325,6 +1325,68 @@ def test_acquire_says_if_no_server_is_at_the_default_path_and_pgm_socket_is_not_
         assert ("PGM_SOCKET is not set" in str(caught.value)) == is_told
 
 
+FOREIGN = "cannot connect: {}: it belongs to user {}, and all may write to its folder; set "
+
+
+@pytest.mark.parametrize(
+    ("mode", "client", "sudo", "is_refused"),
+    [
+        (0o1777, "another", False, True),
+        (0o777, "another", True, True),
+        (0o777, "root", False, True),
+        (0o777, "root", True, False),  # the server is that of the user who called sudo
+        (0o777, "the same", False, False),
+        (0o775, "another", False, False),
+    ],
+)
+def test_clients_refuse_the_socket_of_another_user_if_all_may_write_to_its_folder(
+    mode: int, client: str, sudo: bool, is_refused: bool, user: User, folder: Path, path: str
+) -> None:
+    options, uid, _ = user
+    clients = {"root": 0, "another": uid - 1, "the same": uid}
+    own = {**options, "program": [sys.executable, "-c", AS_USER, str(clients[client])]}
+    env = {**os.environ, **({"SUDO_UID": str(uid if client == "root" else 33)} if sudo else {})}
+    (folder / "safe").mkdir()
+    link = str(folder / "safe/link")
+    os.symlink(path, link)
+    with served(path, **options):
+        os.chmod(path, 0o777)
+        folder.chmod(mode)
+        for words in (
+            ("exec", "-s", path, "true"),
+            ("exec", "-s", link, "true"),
+            ("status", "-s", path),
+        ):
+            with started(*words, env=env, **own) as process:
+                stderr = process.communicate(timeout=DEADLINE)[1]
+            assert process.returncode == (125 if is_refused else 0), stderr
+            assert (FOREIGN.format(words[2], uid) in stderr) == is_one_line(stderr) == is_refused
+        assert observe(path)["leases"] == (0 if is_refused else 2)
+
+
+def test_clients_refuse_a_link_of_another_user_if_all_may_write_to_its_folder(
+    user: User, folder: Path, path: str
+) -> None:
+    _, uid, _ = user
+    (folder / "safe").mkdir()
+    with served(str(folder / "safe/s")):
+        os.symlink(folder / "safe/s", path)
+        acquire_and_release(0, path)
+        os.chown(path, uid, -1, follow_symlinks=False)
+        with pytest.raises(pgmanager.ServerError, match=re.escape(FOREIGN.format(path, uid))):
+            acquire_and_release(0, path)
+
+
+def test_clients_use_the_socket_of_root_wherever_it_is(user: User, folder: Path, path: str) -> None:
+    options, _, _ = user
+    with served(path):
+        os.chmod(path, 0o777)
+        folder.chmod(0o777)
+        with started("exec", "-s", path, "true", **options) as process:
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+            assert process.returncode == 0
+
+
 def test_every_error_derives_from_one_base_and_from_the_builtin_that_callers_expect() -> None:
     for error, base in {
         pgmanager.UsageError: ValueError,
@@ -1339,39 +1401,66 @@ def test_every_error_derives_from_one_base_and_from_the_builtin_that_callers_exp
         assert issubclass(error, OSError) == issubclass(base, OSError)
 
 
-WANTING_TWO = """
-import asyncio, pgmanager
-async def main():
-    print(pgmanager.acquire(), flush=True)
-    input()
-    async with pgmanager.acquire_async() as lease:
-        print(lease, flush=True)
-asyncio.run(main())
+# Acquires as many leases as there are words: "sync" with acquire(), "async" with acquire_async().
+ACQUIRING = """
+import asyncio, pgmanager, sys
+async def acquire_all(how, *more):
+    if how == "sync":
+        print(pgmanager.acquire(), flush=True)
+    else:
+        lease = pgmanager.acquire_async()
+        print(await lease.__aenter__(), flush=True)
+    if more:
+        input()
+        await acquire_all(*more)
+asyncio.run(acquire_all(*sys.argv[1:]))
 """
+WAITING = "pgmanager: waiting for a database: "  # how the line of a client that waits begins
 
 
-def test_acquire_async_says_once_after_ten_seconds_that_all_holders_wait_for_each_other(
-    path: str,
+def test_a_client_that_waits_says_once_after_ten_seconds_who_has_the_databases(
+    one_name: None, path: str
+) -> None:
+    begun = time.monotonic()
+    with connect(path) as holder, coded(ACQUIRING, "sync") as first, contextlib.ExitStack() as more:
+        assert name_of(holder) == "db0"
+        wait_for_waiters(path, 1)
+        second = more.enter_context(coded(ACQUIRING, "async"))
+        for ahead, process in enumerate((first, second)):
+            assert process.stderr
+            line = process.stderr.readline()
+            assert line.startswith(WAITING)
+            assert f" at {path}, {ahead} ahead; raise --count on the server, or the " in line
+            assert "; db0 leased for " in line
+            assert 9 < time.monotonic() - begun < DEADLINE
+        holder.close()
+        for process in (first, second):
+            assert process.communicate(timeout=DEADLINE) == ("db0\n", "")
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_clients_say_after_one_second_that_all_holders_wait_for_each_other(
+    how: str, path: str
 ) -> None:
     env = {**os.environ, "PGM_SOCKET": path}
     with served(path, "--count", "2"), contextlib.ExitStack() as stack:
-        first, second = (stack.enter_context(coded(WANTING_TWO, env=env)) for _ in range(2))
+        words = (ACQUIRING, "sync", how)
+        first, second = (stack.enter_context(coded(*words, env=env)) for _ in range(2))
         names = [next_line(process) for process in (first, second)]
-        begun = time.monotonic()
         for number, process in enumerate((first, second)):
             with pytest.raises(pgmanager.AcquireTimeout, match="ahead; raise --count on"):
                 pgmanager.acquire(0, socket_path=path)  # one does not wait yet
             print(file=process.stdin, flush=True)
             wait_for_waiters(path, number + 1)
-        for ahead, process in enumerate((first, second)):
-            assert process.stderr
-            line = process.stderr.readline()
-            assert line.startswith("pgmanager: waiting for a database: ")
-            assert f" at {path}, {ahead} ahead; every process that has one waits for " in line
-            assert f"{names[0]} leased for " in line
-        assert 9 < time.monotonic() - begun < DEADLINE
+        begun = time.monotonic()
+        assert second.stderr
+        line = second.stderr.readline()
+        assert line.startswith(WAITING)
+        assert f" at {path}, 1 ahead; every process that has one waits for " in line
+        assert f"{names[0]} leased for " in line
+        assert time.monotonic() - begun < 8
         second.kill()
-        assert first.communicate(timeout=DEADLINE) == (f"{names[1]}\n", "")
+        assert first.communicate(timeout=DEADLINE)[0] == f"{names[1]}\n"
 
 
 @pytest.mark.parametrize("rounds", [None, 0, 1, 2, 3, 4])
@@ -3290,6 +3379,49 @@ def test_pytest_stops_with_one_line_if_it_cannot_get_its_databases(
     assert line.startswith(f"ERROR: pgmanager: {error.replace('PATH', path)}")
     assert "Traceback" not in output
     assert not (folder / "report").exists()
+
+
+# Tests that take a name while the only one, or both, are taken by the same process.
+TAKING = """
+import asyncio, pgmanager
+def test_sync():
+    held = [pgmanager.acquire() for _ in range(2)]
+def test_sync_with_capfd(capfd):
+    test_sync()
+async def acquire_twice():
+    async with pgmanager.acquire_async(), pgmanager.acquire_async():
+        pass
+def test_async():
+    asyncio.run(acquire_twice())
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-k test_sync",
+        "-k test_async",
+        "-k capfd",
+        "-s",
+        "-p no:capture",
+        "-n 1",
+        "-p pgmanager",  # the plugin has the name
+        "-p pgmanager -n 1",
+    ],
+)
+def test_a_test_that_waits_for_itself_says_so_though_pytest_captures_its_output(
+    words: str, folder: Path, path: str
+) -> None:
+    options = pytest_options(folder, path, f"{words} taking.py")
+    (folder / "conftest.py").unlink()
+    (folder / "taking.py").write_text(TAKING)
+    program = options.pop("args")
+    with served(path, "--count", "1"), started(program=program, **options) as process:
+        assert process.stderr
+        assert not silent(process.stderr, DEADLINE)
+        line = process.stderr.readline()
+        assert line.startswith(WAITING), line
+        assert "; every process that has one waits for another itself: raise --count" in line
 
 
 # ------------------------------------------------------------------ The throw-away PostgreSQL
