@@ -1547,10 +1547,10 @@ WORKER_VARIABLE = "PGMANAGER_PYTEST_PLUGINS"
 class PytestState:
     """What the plugin knows in this process."""
 
+    role = ""  # "worker" or "controller" of xdist; "alone"; "idle": it runs no test
     lease: Lease | None = None
     problem = ""  # why a worker has no lease
-    is_controller = False
-    gather_lock = NO_LOCK  # held by a controller until its workers have their databases
+    gathering = contextlib.ExitStack()  # holds a controller's lock until its workers have leases
     missing_workers = 0
 
 
@@ -1558,64 +1558,67 @@ pytest_state = PytestState()
 
 
 @contextlib.contextmanager
-def show_errors(config: Any) -> Iterator[None]:
-    """Let pytest print our errors as its own, in one line; and let our messages be seen."""
-    import pytest
+def usage_errors() -> Iterator[None]:
+    """Let pytest print our errors as its own: in one line, with status 4."""
+    try:
+        yield
+    except Error as error:
+        import pytest
 
-    capture = config.pluginmanager.getplugin("capturemanager")  # None under -p no:capture
-    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-        try:
-            yield
-        except Error as error:
-            raise pytest.UsageError(f"pgmanager: {error}") from None
+        raise pytest.UsageError(f"pgmanager: {error}") from None
 
 
-def runs_tests(options: Any) -> bool:
-    return not any(getattr(options, name, None) for name in OPTIONS_WITHOUT_TESTS)
+def get_role(options: Any, is_worker: bool) -> str:
+    """Return the role of this process, as far as pytest's options tell."""
+    if any(getattr(options, name, None) for name in OPTIONS_WITHOUT_TESTS):
+        return "idle"
+    if is_worker:
+        return "worker"
+    distributes = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
+    # Under --pdb, xdist starts no workers. Under -p no:debugging there is no such option.
+    return "controller" if distributes and not getattr(options, "usepdb", False) else "alone"
 
 
 def lease_for_pytest() -> None:
     """Lease a database for the tests of this process, and set the environment for it."""
-    env_for(NO_DATABASE)  # raises before there is a lease
-    pytest_state.lease = acquire()
-    os.environ.update(env_for(pytest_state.lease))
+    if pytest_state.lease is None:
+        env_for(NO_DATABASE)  # raises before there is a lease
+        pytest_state.lease = acquire()
+        os.environ.update(env_for(pytest_state.lease))
 
 
-def pytest_load_initial_conftests(early_config: Any) -> None:
-    """Lease a database before any conftest asks where it is."""
-    options = early_config.known_args_namespace
+def pytest_load_initial_conftests(early_config: Any) -> Iterator[None]:
+    """Lease a database before any conftest asks where it is, and before pytest captures output."""
     plugins = os.environ.pop(WORKER_VARIABLE, None)
     if plugins is not None:  # in a worker: tests that run pytest must not load this plugin again
         os.environ["PYTEST_PLUGINS"] = plugins
         if not plugins:
             del os.environ["PYTEST_PLUGINS"]
-    distributes = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
-    is_controller = plugins is None and distributes and not options.usepdb
-    with show_errors(early_config):
-        if is_controller or not runs_tests(options):
-            # The controller reads the conftests too, and an application may want PGDATABASE then.
-            pytest_state.is_controller = bool(is_controller)
+    role = get_role(early_config.known_args_namespace, is_worker=plugins is not None)
+    pytest_state.role = role
+    with usage_errors():
+        if role in ("idle", "controller"):
+            # Its conftests are read too, and an application may want PGDATABASE then.
             env = env_for(NO_DATABASE)
             if "PGDATABASE" not in os.environ:
                 os.environ.update(env)
-        elif pytest_state.lease is None:
-            try:
-                lease_for_pytest()
-            except Error as error:
-                if plugins is None:
-                    raise
-                # If a worker ended now, xdist would start another, again and again, and could at
-                # last report success without a test. So its first test fails instead, in
-                # pytest_runtest_setup().
-                pytest_state.problem = f"pgmanager: {error}"
+        elif role == "alone":
+            lease_for_pytest()
+    if role == "worker":
+        # If a worker ended now, xdist would start another, again and again, and could at last
+        # report success without a test. So its first test fails, in pytest_runtest_setup().
+        try:
+            lease_for_pytest()
+        except Error as error:
+            pytest_state.problem = f"pgmanager: {error}"
+    yield
 
 
 def pytest_sessionstart(session: Any) -> None:
     """Lease a database if xdist has no workers after all: -n auto on a machine where that is 0."""
-    config = session.config
-    distributes = config.pluginmanager.hasplugin("dsession")
-    if pytest_state.is_controller and not distributes and runs_tests(config.option):
-        with show_errors(config):
+    has_workers = session.config.pluginmanager.hasplugin("dsession")
+    if pytest_state.role == "controller" and not has_workers:
+        with usage_errors():
             lease_for_pytest()
 
 
@@ -1630,7 +1633,7 @@ def pytest_runtest_setup(item: Any) -> None:
         pytest.fail(pytest_state.problem, pytrace=False)
 
 
-def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
+def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
     """Before the workers start: check that there are enough names, and wait for other runs.
 
     xdist starts no test until all workers are there. If two runs had half of the names each, both
@@ -1640,11 +1643,10 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
         plugins = os.environ.get("PYTEST_PLUGINS", "")
         spec.env[WORKER_VARIABLE] = plugins
         spec.env["PYTEST_PLUGINS"] = ",".join(filter(None, (__name__, plugins)))
-    if not runs_tests(config.option):
+    if pytest_state.role == "idle":
         return
-    with show_errors(config):
-        path = get_socket_path()
-        status = observe(path)
+    with usage_errors():
+        status = observe(get_socket_path())
         if status is None:  # ssh's forwarding hides that we are an observer
             return
         own = (os.getpid(), os.getppid())  # under `pgmanager exec -- pytest`
@@ -1654,11 +1656,11 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
             advice = f"give --count {count}, as no test runs before each worker has one"
             raise UsageError(f"too few databases: {len(names)} for {len(specs)} workers", advice)
         if os.path.isdir(status["locks"]):
-            first_name = status["databases"][0]["name"]
-            lock_file = os.path.join(status["locks"], make_file_name(f"{first_name}.gather"))
+            first = status["databases"][0]["name"]
+            lock_file = os.path.join(status["locks"], make_file_name(f"{first}.gather"))
             what = f"another pytest run to start its workers: {lock_file}"
-            timeout = get_timeout()
-            pytest_state.gather_lock = wait_for_lock(lock_file, what, time.sleep, PATIENCE, timeout)
+            lock = wait_for_lock(lock_file, what, time.sleep, PATIENCE, get_timeout())
+            pytest_state.gathering.callback(unlock, lock)  # a child that we fork has a copy
             pytest_state.missing_workers = len(specs)
 
 
@@ -1666,19 +1668,33 @@ def pytest_xdist_node_collection_finished() -> None:
     """Let the next run start its workers once all of ours have a database."""
     pytest_state.missing_workers -= 1
     if pytest_state.missing_workers == 0:
-        pytest_unconfigure()
+        pytest_state.gathering.close()
 
 
 def pytest_unconfigure() -> None:
     """Let the next run start its workers, at the latest now."""
-    if pytest_state.gather_lock != NO_LOCK:
-        close_lock(pytest_state.gather_lock)
-        pytest_state.gather_lock = NO_LOCK
+    pytest_state.gathering.close()
+    if pytest_state.lease is not None:
+        warn_of_django_suffix(pytest_state.lease)
+
+
+def warn_of_django_suffix(lease: str) -> None:
+    """Say if Django's tests ran in a database of their own: pytest-django adds _gw0 to names."""
+    conf = sys.modules.get("django.conf")
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"  # one line is enough
+    if conf is None or not conf.settings.configured or not is_first:
+        return
+    options = [database.get("TEST") or {} for database in conf.settings.DATABASES.values()]
+    names = [str(option.get("NAME")) for option in options]
+    others = [name for name in names if name.startswith(f"{lease}_")]
+    if others and lease not in names:
+        cure = "override its fixture django_db_modify_db_settings_parallel_suffix in conftest.py"
+        say(f"pytest-django used {others[0]} and not {lease}, which was leased; {cure}")
 
 
 hook: Any
 for hook in (pytest_load_initial_conftests, pytest_runtest_setup):
-    hook.pytest_impl = {"tryfirst": True}
+    hook.pytest_impl = {"tryfirst": True, "hookwrapper": hook is pytest_load_initial_conftests}
 for hook in (pytest_xdist_setupnodes, pytest_xdist_node_collection_finished):
     hook.pytest_impl = {"optionalhook": True}
 

@@ -3219,6 +3219,7 @@ def read_report(folder: Path) -> list[list[str]]:
         ("-p pgmanager -n auto", {"DATABASE_URL": URL}, NO_DATABASE, 2),
         ("-p pgmanager -n auto", {"DATABASE_URL": URL, "PGDATABASE": "mine"}, "mine", 2),
         ("-p pgmanager --tx 2*popen --dist each", {}, NO_DATABASE, 2),
+        ("-p pgmanager -p no:debugging -n 2", {}, NO_DATABASE, 2),  # then there is no --pdb
         ("-p tools.pgmanager -n 2", {}, NO_DATABASE, 2),  # a vendored copy
         ("-n 2", {"PYTEST_PLUGINS": ""}, NO_DATABASE, 2),  # the plugins are in pytest.ini
         # Below, pytest looks like a controller at first, and then runs the tests itself.
@@ -3381,6 +3382,35 @@ def test_pytest_stops_with_one_line_if_it_cannot_get_its_databases(
     assert not (folder / "report").exists()
 
 
+FORKING_CONTROLLER = """
+import contextlib, os, pytest, signal, stat
+@pytest.hookimpl(trylast=True)
+def pytest_xdist_setupnodes():
+    if not (child := os.fork()):
+        for number in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):
+                if stat.S_ISFIFO(os.fstat(number).st_mode):
+                    os.close(number)  # or our caller would wait for the end of the output
+        signal.pause()
+    with open("child", "w") as file:
+        print(child, file=file)
+"""
+
+
+def test_a_child_that_the_controller_forks_keeps_no_other_run_waiting(
+    folder: Path, path: str
+) -> None:
+    (folder / "forking.py").write_text(FORKING_CONTROLLER)
+    with served(path, "--count", "2"):
+        done = run_pytest(folder, path, "-p pgmanager -p forking -n 2")
+        child = int((folder / "child").read_text())
+        try:
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert not is_locked(lock_file("db0.gather"))
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 # Tests that take a name while the only one, or both, are taken by the same process.
 TAKING = """
 import asyncio, pgmanager
@@ -3422,6 +3452,64 @@ def test_a_test_that_waits_for_itself_says_so_though_pytest_captures_its_output(
         line = process.stderr.readline()
         assert line.startswith(WAITING), line
         assert "; every process that has one waits for another itself: raise --count" in line
+
+
+PYTEST = [sys.executable, "-m", "pytest"]
+
+DJANGO_TEST = """
+import os, pytest
+@pytest.mark.django_db
+@pytest.mark.parametrize("number", range(8))
+def test(number):
+    from django.db import connection
+    with connection.cursor() as cursor:
+        cursor.execute("select current_database()")
+        print("used", *cursor.fetchone())
+"""
+DJANGO_FIXTURE = """
+import pytest
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings_parallel_suffix():
+    pass
+"""
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("name", "conftest", "used", "is_told"),
+    [
+        ("os.environ['PGDATABASE']", "", r"db\d_gw\d", True),
+        ("os.environ['PGDATABASE']", DJANGO_FIXTURE, r"db\d", False),
+        ("None", "", r"test_db\d_gw\d", False),  # Django makes a database, as README shows
+    ],
+)
+def test_pytest_says_if_pytest_django_has_used_another_database_than_the_leased_one(
+    name: str, conftest: str, used: str, is_told: bool, workplace: Words, folder: Path
+) -> None:
+    settings = f"""
+import os
+DATABASES = {{"default": {{"ENGINE": "django.db.backends.postgresql", "TEST": {{"NAME": {name}}}}}}}
+DATABASES["default"]["NAME"] = os.environ["PGDATABASE"]
+DATABASES["more"] = {{**DATABASES["default"], "TEST": {{"NAME": {name} and {name} + "_more"}}}}
+"""
+    files = {"settings.py": settings, "conftest.py": conftest, "test_django.py": DJANGO_TEST}
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env.update(PYTHONPATH=f"{folder}:{MODULE.parent}", DJANGO_SETTINGS_MODULE="settings")
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plugins = "-p pgmanager -p xdist -p pytest_django.plugin -p no:cacheprovider"
+    words = [*PYTEST, *plugins.split(), "-n", "2", "--reuse-db", "-rP"]
+    done = run(*workplace(*words), env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    databases = re.findall("^used (.*)", done.stdout, re.M)
+    assert len(databases) == 8
+    assert all(re.fullmatch(used, each) for each in databases), databases
+    lines = [line for line in done.stderr.splitlines() if "pytest-django" in line]
+    assert len(lines) == is_told
+    for line in lines:
+        assert re.match(r"pgmanager: pytest-django used (db\d)_gw0 and not \1, which was ", line)
+        assert "django_db_modify_db_settings_parallel_suffix in conftest.py" in line
 
 
 # ------------------------------------------------------------------ The throw-away PostgreSQL
