@@ -1542,6 +1542,8 @@ OPTIONS_WITHOUT_TESTS = (  # attributes of pytest's options
 )
 # In a worker's environment: the caller's PYTEST_PLUGINS, without this plugin.
 WORKER_VARIABLE = "PGMANAGER_PYTEST_PLUGINS"
+# Set where pytest runs under a wrap because become_wrap() has started one.
+WRAPPED_VARIABLE = "PGMANAGER_WRAPS_PYTEST"
 
 
 class PytestState:
@@ -1587,6 +1589,49 @@ def lease_for_pytest() -> None:
         os.environ.update(env_for(pytest_state.lease))
 
 
+def get_own_command() -> list[str]:
+    """Return the command that starts this process again; [] if it is typed, or comes from stdin."""
+    if hasattr(sys, "ps1") or sys.argv[0] in ("", "-"):
+        return []
+    if sys.version_info >= (3, 10):
+        return [sys.executable, *sys.orig_argv[1:]]
+    spec = sys.modules["__main__"].__spec__  # of `python -m pytest`: pytest.__main__
+    program = ["-m", spec.name.replace(".__main__", "")] if spec else [sys.argv[0]]
+    return [sys.executable, *program, *sys.argv[1:]]
+
+
+def become_wrap(config: Any) -> None:
+    """Run this pytest again under `pgmanager wrap`, with the options that the ini file gives.
+
+    Returns if it gives none, or if there is a pool already: a serve's, or the wrap's around us.
+    """
+    try:
+        options, command = config.getini("pgmanager"), get_own_command()
+        if not options or not command or WRAPPED_VARIABLE in os.environ:
+            return
+        here, folder = os.getcwd(), os.path.dirname(config.inipath or "")
+        if folder not in ("", here):  # the options name files as seen from the ini file's folder
+            command = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', here, *command]
+        words = ["wrap", *options, "--", *command]
+        if (wrapped := parse_arguments(words).words) != command:
+            raise UsageError(f"not an option: {wrapped[0]}")
+    except ValueError as error:  # a UsageError, or one of shlex
+        raise UsageError(f"ini option pgmanager: {error}") from None
+    path = get_socket_path()
+    with contextlib.suppress(ServerError):
+        status = observe(path)
+        if status is None or status["command"] == "serve" or is_outer_wrap(path):
+            return
+    os.environ[WRAPPED_VARIABLE] = "1"
+    os.chdir(folder or here)
+    os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *words])
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Declare the ini option: with it, pytest runs under `pgmanager wrap`."""
+    parser.addini("pgmanager", "options of 'pgmanager wrap', under which pytest runs", "args")
+
+
 def pytest_load_initial_conftests(early_config: Any) -> Iterator[None]:
     """Lease a database before any conftest asks where it is, and before pytest captures output."""
     plugins = os.environ.pop(WORKER_VARIABLE, None)
@@ -1597,6 +1642,8 @@ def pytest_load_initial_conftests(early_config: Any) -> Iterator[None]:
     role = get_role(early_config.known_args_namespace, is_worker=plugins is not None)
     pytest_state.role = role
     with usage_errors():
+        if role in ("alone", "controller"):
+            become_wrap(early_config)
         if role in ("idle", "controller"):
             # Its conftests are read too, and an application may want PGDATABASE then.
             env = env_for(NO_DATABASE)

@@ -3264,6 +3264,8 @@ WITHOUT_TESTS += ["--cache-show", "--collect-only", "--setup-plan"]
 
 @pytest.mark.parametrize("word", WITHOUT_TESTS)
 def test_pytest_needs_no_server_where_it_runs_no_test(word: str, folder: Path, path: str) -> None:
+    """It does not start one either, if an ini option says how."""
+    (folder / "pytest.ini").write_text("[pytest]\npgmanager = --prefix db\n")
     for more in ("", "-n 2"):
         done = run_pytest(folder, path, f"-p pgmanager -p cacheprovider {word} {more}")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -3454,7 +3456,173 @@ def test_a_test_that_waits_for_itself_says_so_though_pytest_captures_its_output(
         assert "; every process that has one waits for another itself: raise --count" in line
 
 
+# Plain pytest: the ini option starts the pool.
+
+PLAIN = """
+import os, sys
+def test():
+    with open(os.environ["REPORT"], "a") as file:
+        wraps = os.environ.get("PGMANAGER_WRAPS_PYTEST")
+        print(os.environ["PGDATABASE"], wraps, os.environ.get("PGM_SOCKET"), os.getcwd(), file=file)
+    if "ASK" in os.environ:
+        print("asked:", sys.stdin.readline())
+    assert "FAIL" not in os.environ
+def test_more():
+    test()
+"""
+# As editors do it.
+SCRIPT = """
+import sys, pytest
+class Plugin:
+    def pytest_sessionfinish(self, exitstatus):
+        print("status", int(exitstatus))
+sys.exit(pytest.main(sys.argv[1:], plugins=[Plugin()]))
+"""
+MAIN = "import pytest, sys; sys.exit(pytest.main(['-p', 'pgmanager', 'test_plain.py']))"
+
+
+@pytest.fixture
+def plain(folder: Path, monkeypatch: Patch) -> Callable[..., Any]:
+    """Write a project whose ini file has our option; return a function that runs a program in it.
+
+    It takes the words, what is typed, the folder to be in, and variables. It returns what the
+    program did, and the rows of the tests' report.
+    """
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
+    monkeypatch.setenv("REPORT", str(folder / "report"))
+    ini = (
+        "[pytest]\naddopts = -p pgmanager -p no:cacheprovider\npgmanager = --prefix db --count 2\n"
+    )
+    files = {"pytest.ini": ini, "test_plain.py": PLAIN, "script.py": SCRIPT, "sub/empty": ""}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "tools").mkdir()
+    shutil.copy(MODULE, folder / "tools")
+
+    def run_plain(words: list[str], typed: str = "", where: str = "", **more: str) -> Any:
+        options: dict[str, Any] = {"cwd": folder / where, "env": {**os.environ, **more}}
+        options.update(capture_output=True, text=True, timeout=DEADLINE, input=typed)
+        (folder / "report").unlink(missing_ok=True)
+        done = subprocess.run(words, **options)
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            rows = [line.split() for line in (folder / "report").read_text().splitlines()]
+        return done, rows
+
+    return run_plain
+
+
 PYTEST = [sys.executable, "-m", "pytest"]
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "status"),
+    [
+        (PYTEST, {"db0"}, 1),
+        ([*PYTEST, "-p", "xdist", "-n", "2"], {"db0", "db1"}, 0),
+        ([*PYTEST, "-p", "no:pgmanager", "-p", "tools.pgmanager"], {"db0"}, 0),  # a vendored copy
+        ([*PYTEST, "-p", "no:capture"], {"db0"}, 0),
+        ([str(Path(sys.executable).with_name("pytest"))], {"db0"}, 0),
+        ([sys.executable, "script.py"], {"db0"}, 0),
+        ([sys.executable, "-Wignore", "script.py", "-p", "xdist", "-n", "2"], {"db0", "db1"}, 1),
+    ],
+)
+def test_plain_pytest_runs_under_a_wrap_with_the_options_of_its_ini_file(
+    words: list[str], names: set[str], status: int, plain: Any, folder: Path
+) -> None:
+    done, rows = plain(words, **({"FAIL": "1"} if status else {}))
+    assert done.returncode == status, done.stdout + done.stderr
+    assert {row[0] for row in rows} <= names
+    assert [row[1:3] for row in rows] == [["1", str(folder / "tmp/pgmanager.sock")]] * 2
+    assert done.stderr == ""
+    assert done.stdout.count("test session starts") == 1
+    assert (f"status {status}" in done.stdout) == ("script.py" in words)
+    assert not (folder / "tmp").exists()
+
+
+def test_plain_pytest_has_the_streams_and_the_folder_of_its_caller(
+    plain: Any, folder: Path
+) -> None:
+    done, rows = plain([*PYTEST, "-s", "../test_plain.py"], "yes\nno\n", "sub", ASK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall("asked: (.*)", done.stdout) == ["yes", "no"]
+    # The options of wrap are those of the ini file's folder.
+    assert [row[2:] for row in rows] == [[str(folder / "tmp/pgmanager.sock"), f"{folder}/sub"]] * 2
+
+
+def test_ctrl_c_ends_plain_pytest_as_it_ends_pytest(
+    plain: Any, folder: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("ASK", "1")
+    with in_terminal(*PYTEST, "-s", cwd=folder) as (process, write):
+        wait_until(lambda: (folder / "report").exists(), "the first test")
+        write(b"\x03")
+        stdout, stderr = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, stderr) == (2, "")
+    assert "KeyboardInterrupt" in stdout
+    assert not (folder / "tmp").exists()
+
+
+def test_plain_pytest_uses_the_pool_of_a_serve_or_of_the_wrap_around_it(
+    plain: Any, folder: Path
+) -> None:
+    socket = str(folder / "tmp/pgmanager.sock")
+    wrap, become = [*PGMANAGER, "wrap", "--prefix", "outer", "--"], [*PGMANAGER, "exec", "--"]
+    with served(socket, prefix="served"):
+        for before, name in ((become, "served1"), ([], "served2")):
+            done, rows = plain([*before, *PYTEST])
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert [row[:2] for row in rows] == [[name, "None"]] * 2
+    for before, name in ((wrap, "outer0"), ([*wrap, *become], "outer1")):
+        done, rows = plain([*before, *PYTEST])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [row[:2] for row in rows] == [[name, "None"]] * 2
+    # The pool of another wrap ends when that ends, so a private one is started.
+    words = ("wrap", "--prefix", "other", "sleep", "60")
+    with started(*words, cwd=folder) as other:
+        wait_until(lambda: os.path.exists(socket), "the other wrap")
+        done, rows = plain(PYTEST)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [row[:2] for row in rows] == [["db0", "1"]] * 2
+        assert rows[0][2] != socket
+        other.terminate()
+        other.wait(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "more", "error"),
+    [
+        ([*PYTEST, "-o", "pgmanager=--nosuch"], "", {}, "unknown option: --nosuch; see "),
+        ([*PYTEST, "-o", "pgmanager=exec --prefix x"], "", {}, "not an option: exec"),
+        ([*PYTEST, "-o", "pgmanager="], "", {}, "no server at the socket: "),
+        # A variable keeps it from starting itself again and again.
+        (PYTEST, "", {"PGMANAGER_WRAPS_PYTEST": "1"}, "no server at the socket: "),
+        # A program from stdin cannot be started again, and a notebook would lose its variables.
+        ([sys.executable, "-"], MAIN, {}, "no server at the socket: "),
+        ([sys.executable, "-i"], f"import sys; sys.argv = ['x']\n{MAIN}", {}, "no server at the "),
+    ],
+)
+def test_plain_pytest_stops_with_one_line_if_it_cannot_start_a_pool(
+    words: list[str], typed: str, more: dict[str, str], error: str, plain: Any
+) -> None:
+    done, rows = plain(words, typed, **more)
+    assert done.returncode == 4, done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "pgmanager" in line)
+    assert line.startswith("ERROR: pgmanager: ")
+    assert error in line
+    assert not rows
+
+
+def test_a_worker_never_becomes_a_wrap(plain: Any) -> None:
+    done, rows = plain(PYTEST, PGMANAGER_PYTEST_PLUGINS="")  # as its controller sets it
+    assert done.returncode in (1, 2)
+    assert "pgmanager: no server at the socket: " in done.stdout
+    assert not rows
+
 
 DJANGO_TEST = """
 import os, pytest
