@@ -1341,6 +1341,8 @@ def get_command_line(pid: int) -> str | None:
 # ------------------------------------------------------------------------------------ Client
 
 PATIENCE = 10  # seconds of waiting before we say once what we wait for
+DEADLOCK = "every process that has one waits for another itself"  # we say so after one second
+NONE_CAME = "no database came free"
 
 
 class Lease(str):
@@ -1391,20 +1393,18 @@ def acquire(timeout: float | str | None = None, *, socket_path: str | None = Non
 
     Arguments that are None come from the environment: PGM_TIMEOUT, else wait for ever; PGM_SOCKET
     or PGMANAGER_SOCKET, else tmp/pgmanager.sock. With a timeout of 0 a name is taken only if one is
-    free. After ten seconds of waiting, one line on stderr says who holds the databases. Raises
-    UsageError, ServerError, PoolBroken or AcquireTimeout.
+    free. After ten seconds of waiting, one line on stderr says who holds the databases; after one
+    second, if each holder waits itself. Raises UsageError, ServerError, PoolBroken or
+    AcquireTimeout.
     """
     path, seconds = get_socket_path(socket_path), get_timeout(timeout)
-    started = time.monotonic()
+    started, problem = time.monotonic(), ""
     with socket.socket(socket.AF_UNIX) as connection:
         connect(connection, path, seconds)
-        is_patient = seconds is None or seconds > PATIENCE
-        if is_patient and not wait_readable(connection, seconds=PATIENCE):
-            say(explain_wait(path, started, "waiting for a database"))
-        left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-        problem = ""
-        if not wait_readable(connection, seconds=left):
-            problem = explain_wait(path, started, "no database came free")
+        if not wait_readable(connection, seconds=get_rest(started, seconds, 1)):
+            with explaining_wait(path, started):
+                if not wait_readable(connection, seconds=get_rest(started, seconds)):
+                    problem = explain_wait(path, started, NONE_CAME)
         return receive(connection, path, problem)
 
 
@@ -1420,7 +1420,7 @@ async def acquire_async(
     import asyncio
 
     path, seconds = get_socket_path(socket_path), get_timeout(timeout)
-    started = time.monotonic()
+    started, problem = time.monotonic(), ""
     loop = asyncio.get_running_loop()
     # With asyncio.wait(), because up to Python 3.11 wait_for() can lose a cancellation that comes
     # just after the answer.
@@ -1430,33 +1430,34 @@ async def acquire_async(
         loop.remove_reader(connection)
         answered.set_result(None)
 
-    async def explain(what: str) -> str:
-        return await loop.run_in_executor(None, explain_wait, path, started, what)
-
-    problem = ""
     with socket.socket(socket.AF_UNIX) as connection:
         while True:
             try:
                 connect(connection, path, 0)
                 break
             except AcquireTimeout:  # the backlog is full
-                if seconds is not None and time.monotonic() > started + seconds:
+                if get_rest(started, seconds) == 0:
                     raise
                 await asyncio.sleep(0.05)
         loop.add_reader(connection, mark_answered)  # loop.sock_recv() would drop the descriptor
         try:
-            if seconds is None or seconds > PATIENCE:
-                await asyncio.wait([answered], timeout=PATIENCE)
-                if not answered.done():
-                    say(await explain("waiting for a database"))
-            left = None if seconds is None else max(started + seconds - time.monotonic(), 0)
-            await asyncio.wait([answered], timeout=left)
+            await asyncio.wait([answered], timeout=get_rest(started, seconds, 1))
             if not answered.done():
-                problem = await explain("no database came free")
+                with explaining_wait(path, started):
+                    await asyncio.wait([answered], timeout=get_rest(started, seconds))
+                    if not answered.done():
+                        words = (path, started, NONE_CAME)
+                        problem = await loop.run_in_executor(None, explain_wait, *words)
         finally:
             loop.remove_reader(connection)
         with receive(connection, path, problem) as lease:
             yield lease
+
+
+def get_rest(started: float, *limits: float | None) -> float | None:
+    """Return how many seconds are left until the first of the limits; None if there is none."""
+    ends = [limit for limit in limits if limit is not None]
+    return max(started + min(ends) - time.monotonic(), 0) if ends else None
 
 
 def connect(connection: socket.socket, path: str, seconds: float | None) -> None:
@@ -1466,31 +1467,45 @@ def connect(connection: socket.socket, path: str, seconds: float | None) -> None
     has the same error for a dead socket, so there it blocks for at most a second.)
     """
     connection.settimeout(seconds)
-    limit = MAX_TIMEOUT if seconds is None else seconds
-    deadline = time.monotonic() + (limit if LINUX else min(limit, 1))
+    started, limit = time.monotonic(), None if LINUX else 1
     full = BlockingIOError if LINUX else ConnectionRefusedError
     while True:
         try:
+            check_socket_owner(path)
             connection.connect(path)
             return
         except OSError as caught:
             error = caught
-        if not isinstance(error, full) or time.monotonic() >= deadline:
+        if not isinstance(error, full) or get_rest(started, seconds, limit) == 0:
             break
         time.sleep(0.05)
     if isinstance(error, BlockingIOError):
         advice = "it was stopped, or has too many clients for its limit on descriptors"
         raise AcquireTimeout(f"the server accepts nobody: {path}", advice) from error
     if os.path.isfile(path) or os.path.isdir(path):
-        advice = "set PGM_SOCKET to the socket of a server"
-        raise ServerError(f"not a socket: {path}", advice) from error
+        raise ServerError(f"not a socket: {path}", "set PGM_SOCKET to a server's") from error
     if not isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-        raise ServerError(f"cannot connect: {path}: {error.strerror}", "set PGM_SOCKET") from error
+        problem = f"cannot connect: {path}: {error.strerror}"
+        raise ServerError(problem, "set PGM_SOCKET to another socket") from error
     advice = "start one with 'pgmanager serve', or run this under 'pgmanager wrap'"
     is_default = path == os.path.abspath(DEFAULT_SOCKET)
     if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
         advice += "; PGM_SOCKET is not set here: env -i and tox drop it"
     raise ServerError(f"no server at the socket: {path}", advice) from error
+
+
+def check_socket_owner(path: str) -> None:
+    """Raise PermissionError for another user's socket in a folder that all may write to (/tmp).
+
+    Elsewhere the folder's owner decides who may put a socket there, so we trust it. That includes
+    the folder's group: with a umask of 002, which is common, each user's group may write.
+    """
+    trusted = (str(os.geteuid()), "0", os.environ.get("SUDO_UID"))
+    for each in (path, os.path.realpath(path)):  # of a link: the link, and what it leads to
+        owner, folder = os.lstat(each).st_uid, os.stat(os.path.dirname(each))
+        if folder.st_mode & stat.S_IWOTH and str(owner) not in trusted:
+            problem = f"it belongs to user {owner}, and all may write to its folder"
+            raise PermissionError(errno.EACCES, problem)
 
 
 def receive(connection: socket.socket, path: str, problem: str) -> Lease:
@@ -1533,8 +1548,7 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     """
     import json
 
-    answer = b""
-    deadline = time.monotonic() + seconds
+    started, answer = time.monotonic(), b""
     gives_none = contextlib.suppress(AcquireTimeout, ConnectionResetError, ValueError)
     with socket.socket(socket.AF_UNIX) as connection, gives_none:
         # An abstract name leaves no file behind, unix(7). Elsewhere the file can go at once.
@@ -1543,7 +1557,7 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
         if not LINUX:
             os.unlink(f"/tmp/{name}")
         connect(connection, path, seconds)
-        while wait_readable(connection, seconds=max(deadline - time.monotonic(), 0)):
+        while wait_readable(connection, seconds=get_rest(started, seconds)):
             piece = connection.recv(65536)
             answer += piece
             # Stop at what is not JSON. A server that knows no observers has leased us a name, which
@@ -1556,27 +1570,61 @@ def observe(path: str, seconds: float = 5) -> dict[str, Any] | None:
     return None
 
 
+@contextlib.contextmanager
+def explaining_wait(path: str, started: float) -> Iterator[None]:
+    """Explain once on stderr, from a thread, what the block waits for, if it waits for long."""
+    is_over = threading.Event()
+
+    def explain() -> None:
+        for patience in (1, PATIENCE):
+            if is_over.wait(get_rest(started, patience)):
+                return
+            text = explain_wait(path, started, "waiting for a database")
+            if patience == PATIENCE or DEADLOCK in text:
+                say_uncaptured(text)
+                return
+
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        threading.Thread(target=explain, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def say_uncaptured(text: str) -> None:
+    """Print a line on stderr, also in a test whose output pytest captures."""
+    # Only its import hook leads to the config of a pytest that runs in this process.
+    finders: list[Any] = sys.meta_path
+    hooks = [each for each in finders if type(each).__name__ == "AssertionRewritingHook"]
+    captures = [hook.config.pluginmanager.getplugin("capturemanager") for hook in hooks]
+    with contextlib.ExitStack() as stack:
+        for capture in filter(None, captures):
+            stack.enter_context(capture.global_and_fixture_disabled())
+        say(text)
+
+
 def explain_wait(path: str, since: float, what: str) -> str:
     """Explain why we still wait: who holds which name. ``since`` is a time.monotonic()."""
     waited = time.monotonic() - since
     text = f"{what}: {waited:.3g} s waited at {path}"
     try:
         status = observe(path, seconds=1)
-    except ServerError:
+    except OSError:  # a ServerError, or no descriptor is left
         status = None
     if status is None:
         return f"{text}; the server gives no status: it was stopped, or has too many clients"
     # This process may wait in several threads or tasks. Take the one whose time is nearest to ours.
-    waiters = status["waiting"]
+    waiters, databases = status["waiting"], status["databases"]
     ours = [number for number, waiter in enumerate(waiters) if waiter["pid"] == os.getpid()]
     ahead = min(ours, key=lambda n: abs(waiters[n]["seconds"] - waited), default=len(waiters))
-    holders = [row["pid"] for row in status["databases"]]
+    holders = {row["pid"] for row in databases}
     advice = "raise --count on the server, or the timeout"
-    if None not in holders and {*holders} <= {waiter["pid"] for waiter in waiters}:
-        advice = "every process that has one waits for another itself: raise --count on the server"
+    if None not in holders and holders <= {waiter["pid"] for waiter in waiters}:
+        advice = f"{DEADLOCK}: raise --count on the server"
     held = [
         f"{row['name']} {row['state']} for {format_seconds(row['seconds'])} {describe(row)[:80]}"
-        for row in status["databases"]
+        for row in databases
         if row["state"] != FREE
     ]
     more = f" and {len(held) - 8} more" if len(held) > 8 else ""
@@ -1605,15 +1653,17 @@ OPTIONS_WITHOUT_TESTS = (  # attributes of pytest's options
 )
 # In a worker's environment: the caller's PYTEST_PLUGINS, without this plugin.
 WORKER_VARIABLE = "PGMANAGER_PYTEST_PLUGINS"
+# Set where pytest runs under a wrap because become_wrap() has started one.
+WRAPPED_VARIABLE = "PGMANAGER_WRAPS_PYTEST"
 
 
 class PytestState:
     """What the plugin knows in this process."""
 
+    role = ""  # "worker" or "controller" of xdist; "alone"; "idle": it runs no test
     lease: Lease | None = None
     problem = ""  # why a worker has no lease
-    is_controller = False
-    gather_lock = NO_LOCK  # held by a controller until its workers have their databases
+    gathering = contextlib.ExitStack()  # holds a controller's lock until its workers have leases
     missing_workers = 0
 
 
@@ -1621,64 +1671,112 @@ pytest_state = PytestState()
 
 
 @contextlib.contextmanager
-def show_errors(config: Any) -> Iterator[None]:
-    """Let pytest print our errors as its own, in one line; and let our messages be seen."""
-    import pytest
+def usage_errors() -> Iterator[None]:
+    """Let pytest print our errors as its own: in one line, with status 4."""
+    try:
+        yield
+    except Error as error:
+        import pytest
 
-    capture = config.pluginmanager.getplugin("capturemanager")  # None under -p no:capture
-    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-        try:
-            yield
-        except Error as error:
-            raise pytest.UsageError(f"pgmanager: {error}") from None
+        raise pytest.UsageError(f"pgmanager: {error}") from None
 
 
-def runs_tests(options: Any) -> bool:
-    return not any(getattr(options, name, None) for name in OPTIONS_WITHOUT_TESTS)
+def get_role(options: Any, is_worker: bool) -> str:
+    """Return the role of this process, as far as pytest's options tell."""
+    if any(getattr(options, name, None) for name in OPTIONS_WITHOUT_TESTS):
+        return "idle"
+    if is_worker:
+        return "worker"
+    distributes = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
+    # Under --pdb, xdist starts no workers. Under -p no:debugging there is no such option.
+    return "controller" if distributes and not getattr(options, "usepdb", False) else "alone"
 
 
 def lease_for_pytest() -> None:
     """Lease a database for the tests of this process, and set the environment for it."""
-    env_for(NO_DATABASE)  # raises before there is a lease
-    pytest_state.lease = acquire()
-    os.environ.update(env_for(pytest_state.lease))
+    if pytest_state.lease is None:
+        env_for(NO_DATABASE)  # raises before there is a lease
+        pytest_state.lease = acquire()
+        os.environ.update(env_for(pytest_state.lease))
 
 
-def pytest_load_initial_conftests(early_config: Any) -> None:
-    """Lease a database before any conftest asks where it is."""
-    options = early_config.known_args_namespace
+def get_own_command() -> list[str]:
+    """Return the command that starts this process again; [] if it is typed, or comes from stdin."""
+    if hasattr(sys, "ps1") or sys.argv[0] in ("", "-"):
+        return []
+    if sys.version_info >= (3, 10):
+        return [sys.executable, *sys.orig_argv[1:]]
+    spec = sys.modules["__main__"].__spec__  # of `python -m pytest`: pytest.__main__
+    program = ["-m", spec.name.replace(".__main__", "")] if spec else [sys.argv[0]]
+    return [sys.executable, *program, *sys.argv[1:]]
+
+
+def become_wrap(config: Any) -> None:
+    """Run this pytest again under `pgmanager wrap`, with the options that the ini file gives.
+
+    Returns if it gives none, or if there is a pool already: a serve's, or the wrap's around us.
+    """
+    try:
+        options, command = config.getini("pgmanager"), get_own_command()
+        if not options or not command or WRAPPED_VARIABLE in os.environ:
+            return
+        here, folder = os.getcwd(), os.path.dirname(config.inipath or "")
+        if folder not in ("", here):  # the options name files as seen from the ini file's folder
+            command = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', here, *command]
+        words = ["wrap", *options, "--", *command]
+        if (wrapped := parse_arguments(words).words) != command:
+            raise UsageError(f"not an option: {wrapped[0]}")
+    except ValueError as error:  # a UsageError, or one of shlex
+        raise UsageError(f"ini option pgmanager: {error}") from None
+    path = get_socket_path()
+    with contextlib.suppress(ServerError):
+        status = observe(path)
+        if status is None or status["command"] == "serve" or is_outer_wrap(path):
+            return
+    os.environ[WRAPPED_VARIABLE] = "1"
+    os.chdir(folder or here)
+    os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *words])
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Declare the ini option: with it, pytest runs under `pgmanager wrap`."""
+    parser.addini("pgmanager", "options of 'pgmanager wrap', under which pytest runs", "args")
+
+
+def pytest_load_initial_conftests(early_config: Any) -> Iterator[None]:
+    """Lease a database before any conftest asks where it is, and before pytest captures output."""
     plugins = os.environ.pop(WORKER_VARIABLE, None)
     if plugins is not None:  # in a worker: tests that run pytest must not load this plugin again
         os.environ["PYTEST_PLUGINS"] = plugins
         if not plugins:
             del os.environ["PYTEST_PLUGINS"]
-    distributes = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
-    is_controller = plugins is None and distributes and not options.usepdb
-    with show_errors(early_config):
-        if is_controller or not runs_tests(options):
-            # The controller reads the conftests too, and an application may want PGDATABASE then.
-            pytest_state.is_controller = bool(is_controller)
+    role = get_role(early_config.known_args_namespace, is_worker=plugins is not None)
+    pytest_state.role = role
+    with usage_errors():
+        if role in ("alone", "controller"):
+            become_wrap(early_config)
+        if role in ("idle", "controller"):
+            # Its conftests are read too, and an application may want PGDATABASE then.
             env = env_for(NO_DATABASE)
             if "PGDATABASE" not in os.environ:
                 os.environ.update(env)
-        elif pytest_state.lease is None:
-            try:
-                lease_for_pytest()
-            except Error as error:
-                if plugins is None:
-                    raise
-                # If a worker ended now, xdist would start another, again and again, and could at
-                # last report success without a test. So its first test fails instead, in
-                # pytest_runtest_setup().
-                pytest_state.problem = f"pgmanager: {error}"
+        elif role == "alone":
+            lease_for_pytest()
+    if role == "worker":
+        # If a worker ended now, xdist would start another, again and again, and could at last
+        # report success without a test. So its first test fails, in pytest_runtest_setup().
+        try:
+            lease_for_pytest()
+        except Error as error:
+            pytest_state.problem = f"pgmanager: {error}"
+    yield
 
 
 def pytest_sessionstart(session: Any) -> None:
     """Lease a database if xdist has no workers after all: -n auto on a machine where that is 0."""
-    config = session.config
-    distributes = config.pluginmanager.hasplugin("dsession")
-    if pytest_state.is_controller and not distributes and runs_tests(config.option):
-        with show_errors(config):
+    has_workers = session.config.pluginmanager.hasplugin("dsession")
+    if pytest_state.role == "controller" and not has_workers:
+        with usage_errors():
             lease_for_pytest()
 
 
@@ -1693,7 +1791,7 @@ def pytest_runtest_setup(item: Any) -> None:
         pytest.fail(pytest_state.problem, pytrace=False)
 
 
-def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
+def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
     """Before the workers start: check that there are enough names, and wait for other runs.
 
     xdist starts no test until all workers are there. If two runs had half of the names each, both
@@ -1703,11 +1801,10 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
         plugins = os.environ.get("PYTEST_PLUGINS", "")
         spec.env[WORKER_VARIABLE] = plugins
         spec.env["PYTEST_PLUGINS"] = ",".join(filter(None, (__name__, plugins)))
-    if not runs_tests(config.option):
+    if pytest_state.role == "idle":
         return
-    with show_errors(config):
-        path = get_socket_path()
-        status = observe(path)
+    with usage_errors():
+        status = observe(get_socket_path())
         if status is None:  # ssh's forwarding hides that we are an observer
             return
         own = (os.getpid(), os.getppid())  # under `pgmanager exec -- pytest`
@@ -1717,11 +1814,11 @@ def pytest_xdist_setupnodes(config: Any, specs: Sequence[Any]) -> None:
             advice = f"give --count {count}, as no test runs before each worker has one"
             raise UsageError(f"too few databases: {len(names)} for {len(specs)} workers", advice)
         if os.path.isdir(status["locks"]):
-            first_name = status["databases"][0]["name"]
-            lock_file = os.path.join(status["locks"], make_file_name(f"{first_name}.gather"))
+            first = status["databases"][0]["name"]
+            lock_file = os.path.join(status["locks"], make_file_name(f"{first}.gather"))
             what = f"another pytest run to start its workers: {lock_file}"
-            timeout = get_timeout()
-            pytest_state.gather_lock = wait_for_lock(lock_file, what, time.sleep, PATIENCE, timeout)
+            lock = wait_for_lock(lock_file, what, time.sleep, PATIENCE, get_timeout())
+            pytest_state.gathering.callback(unlock, lock)  # a child that we fork has a copy
             pytest_state.missing_workers = len(specs)
 
 
@@ -1729,19 +1826,33 @@ def pytest_xdist_node_collection_finished() -> None:
     """Let the next run start its workers once all of ours have a database."""
     pytest_state.missing_workers -= 1
     if pytest_state.missing_workers == 0:
-        pytest_unconfigure()
+        pytest_state.gathering.close()
 
 
 def pytest_unconfigure() -> None:
     """Let the next run start its workers, at the latest now."""
-    if pytest_state.gather_lock != NO_LOCK:
-        close_lock(pytest_state.gather_lock)
-        pytest_state.gather_lock = NO_LOCK
+    pytest_state.gathering.close()
+    if pytest_state.lease is not None:
+        warn_of_django_suffix(pytest_state.lease)
+
+
+def warn_of_django_suffix(lease: str) -> None:
+    """Say if Django's tests ran in a database of their own: pytest-django adds _gw0 to names."""
+    conf = sys.modules.get("django.conf")
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"  # one line is enough
+    if conf is None or not conf.settings.configured or not is_first:
+        return
+    options = [database.get("TEST") or {} for database in conf.settings.DATABASES.values()]
+    names = [str(option.get("NAME")) for option in options]
+    others = [name for name in names if name.startswith(f"{lease}_")]
+    if others and lease not in names:
+        cure = "override its fixture django_db_modify_db_settings_parallel_suffix in conftest.py"
+        say(f"pytest-django used {others[0]} and not {lease}, which was leased; {cure}")
 
 
 hook: Any
 for hook in (pytest_load_initial_conftests, pytest_runtest_setup):
-    hook.pytest_impl = {"tryfirst": True}
+    hook.pytest_impl = {"tryfirst": True, "hookwrapper": hook is pytest_load_initial_conftests}
 for hook in (pytest_xdist_setupnodes, pytest_xdist_node_collection_finished):
     hook.pytest_impl = {"optionalhook": True}
 

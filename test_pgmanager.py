@@ -1304,8 +1304,8 @@ def one_name(path: str, monkeypatch: Patch) -> Iterator[None]:
         ended(process)
 
 
-def acquire_and_release(timeout: Any = None) -> str:
-    with pgmanager.acquire(timeout) as lease:
+def acquire_and_release(timeout: Any = None, path: str | None = None) -> str:
+    with pgmanager.acquire(timeout, socket_path=path) as lease:
         return lease
 
 
@@ -1464,6 +1464,68 @@ def test_acquire_says_if_no_server_is_at_the_default_path_and_pgm_socket_is_not_
         assert ("PGM_SOCKET is not set" in str(caught.value)) == is_told
 
 
+FOREIGN = "cannot connect: {}: it belongs to user {}, and all may write to its folder; set "
+
+
+@pytest.mark.parametrize(
+    ("mode", "client", "sudo", "is_refused"),
+    [
+        (0o1777, "another", False, True),
+        (0o777, "another", True, True),
+        (0o777, "root", False, True),
+        (0o777, "root", True, False),  # the server is that of the user who called sudo
+        (0o777, "the same", False, False),
+        (0o775, "another", False, False),
+    ],
+)
+def test_clients_refuse_the_socket_of_another_user_if_all_may_write_to_its_folder(
+    mode: int, client: str, sudo: bool, is_refused: bool, user: User, folder: Path, path: str
+) -> None:
+    options, uid, _ = user
+    clients = {"root": 0, "another": uid - 1, "the same": uid}
+    own = {**options, "program": [sys.executable, "-c", AS_USER, str(clients[client])]}
+    env = {**os.environ, **({"SUDO_UID": str(uid if client == "root" else 33)} if sudo else {})}
+    (folder / "safe").mkdir()
+    link = str(folder / "safe/link")
+    os.symlink(path, link)
+    with served(path, **options):
+        os.chmod(path, 0o777)
+        folder.chmod(mode)
+        for words in (
+            ("exec", "-s", path, "true"),
+            ("exec", "-s", link, "true"),
+            ("status", "-s", path),
+        ):
+            with started(*words, env=env, **own) as process:
+                stderr = process.communicate(timeout=DEADLINE)[1]
+            assert process.returncode == (125 if is_refused else 0), stderr
+            assert (FOREIGN.format(words[2], uid) in stderr) == is_one_line(stderr) == is_refused
+        assert observe(path)["leases"] == (0 if is_refused else 2)
+
+
+def test_clients_refuse_a_link_of_another_user_if_all_may_write_to_its_folder(
+    user: User, folder: Path, path: str
+) -> None:
+    _, uid, _ = user
+    (folder / "safe").mkdir()
+    with served(str(folder / "safe/s")):
+        os.symlink(folder / "safe/s", path)
+        acquire_and_release(0, path)
+        os.chown(path, uid, -1, follow_symlinks=False)
+        with pytest.raises(pgmanager.ServerError, match=re.escape(FOREIGN.format(path, uid))):
+            acquire_and_release(0, path)
+
+
+def test_clients_use_the_socket_of_root_wherever_it_is(user: User, folder: Path, path: str) -> None:
+    options, _, _ = user
+    with served(path):
+        os.chmod(path, 0o777)
+        folder.chmod(0o777)
+        with started("exec", "-s", path, "true", **options) as process:
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+            assert process.returncode == 0
+
+
 def test_every_error_derives_from_one_base_and_from_the_builtin_that_callers_expect() -> None:
     for error, base in {
         pgmanager.UsageError: ValueError,
@@ -1478,39 +1540,66 @@ def test_every_error_derives_from_one_base_and_from_the_builtin_that_callers_exp
         assert issubclass(error, OSError) == issubclass(base, OSError)
 
 
-WANTING_TWO = """
-import asyncio, pgmanager
-async def main():
-    print(pgmanager.acquire(), flush=True)
-    input()
-    async with pgmanager.acquire_async() as lease:
-        print(lease, flush=True)
-asyncio.run(main())
+# Acquires as many leases as there are words: "sync" with acquire(), "async" with acquire_async().
+ACQUIRING = """
+import asyncio, pgmanager, sys
+async def acquire_all(how, *more):
+    if how == "sync":
+        print(pgmanager.acquire(), flush=True)
+    else:
+        lease = pgmanager.acquire_async()
+        print(await lease.__aenter__(), flush=True)
+    if more:
+        input()
+        await acquire_all(*more)
+asyncio.run(acquire_all(*sys.argv[1:]))
 """
+WAITING = "pgmanager: waiting for a database: "  # how the line of a client that waits begins
 
 
-def test_acquire_async_says_once_after_ten_seconds_that_all_holders_wait_for_each_other(
-    path: str,
+def test_a_client_that_waits_says_once_after_ten_seconds_who_has_the_databases(
+    one_name: None, path: str
+) -> None:
+    begun = time.monotonic()
+    with connect(path) as holder, coded(ACQUIRING, "sync") as first, contextlib.ExitStack() as more:
+        assert name_of(holder) == "db0"
+        wait_for_waiters(path, 1)
+        second = more.enter_context(coded(ACQUIRING, "async"))
+        for ahead, process in enumerate((first, second)):
+            assert process.stderr
+            line = process.stderr.readline()
+            assert line.startswith(WAITING)
+            assert f" at {path}, {ahead} ahead; raise --count on the server, or the " in line
+            assert "; db0 leased for " in line
+            assert 9 < time.monotonic() - begun < DEADLINE
+        holder.close()
+        for process in (first, second):
+            assert process.communicate(timeout=DEADLINE) == ("db0\n", "")
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_clients_say_after_one_second_that_all_holders_wait_for_each_other(
+    how: str, path: str
 ) -> None:
     env = {**os.environ, "PGM_SOCKET": path}
     with served(path, "--count", "2"), contextlib.ExitStack() as stack:
-        first, second = (stack.enter_context(coded(WANTING_TWO, env=env)) for _ in range(2))
+        words = (ACQUIRING, "sync", how)
+        first, second = (stack.enter_context(coded(*words, env=env)) for _ in range(2))
         names = [next_line(process) for process in (first, second)]
-        begun = time.monotonic()
         for number, process in enumerate((first, second)):
             with pytest.raises(pgmanager.AcquireTimeout, match="ahead; raise --count on"):
                 pgmanager.acquire(0, socket_path=path)  # one does not wait yet
             print(file=process.stdin, flush=True)
             wait_for_waiters(path, number + 1)
-        for ahead, process in enumerate((first, second)):
-            assert process.stderr
-            line = process.stderr.readline()
-            assert line.startswith("pgmanager: waiting for a database: ")
-            assert f" at {path}, {ahead} ahead; every process that has one waits for " in line
-            assert f"{names[0]} leased for " in line
-        assert 9 < time.monotonic() - begun < DEADLINE
+        begun = time.monotonic()
+        assert second.stderr
+        line = second.stderr.readline()
+        assert line.startswith(WAITING)
+        assert f" at {path}, 1 ahead; every process that has one waits for " in line
+        assert f"{names[0]} leased for " in line
+        assert time.monotonic() - begun < 8
         second.kill()
-        assert first.communicate(timeout=DEADLINE) == (f"{names[1]}\n", "")
+        assert first.communicate(timeout=DEADLINE)[0] == f"{names[1]}\n"
 
 
 @pytest.mark.parametrize("rounds", [None, 0, 1, 2, 3, 4])
@@ -3340,6 +3429,7 @@ def read_report(folder: Path) -> list[list[str]]:
         ("-p pgmanager -n auto", {"DATABASE_URL": URL}, NO_DATABASE, 2),
         ("-p pgmanager -n auto", {"DATABASE_URL": URL, "PGDATABASE": "mine"}, "mine", 2),
         ("-p pgmanager --tx 2*popen --dist each", {}, NO_DATABASE, 2),
+        ("-p pgmanager -p no:debugging -n 2", {}, NO_DATABASE, 2),  # then there is no --pdb
         ("-p tools.pgmanager -n 2", {}, NO_DATABASE, 2),  # a vendored copy
         ("-n 2", {"PYTEST_PLUGINS": ""}, NO_DATABASE, 2),  # the plugins are in pytest.ini
         # Below, pytest looks like a controller at first, and then runs the tests itself.
@@ -3384,6 +3474,8 @@ WITHOUT_TESTS += ["--cache-show", "--collect-only", "--setup-plan"]
 
 @pytest.mark.parametrize("word", WITHOUT_TESTS)
 def test_pytest_needs_no_server_where_it_runs_no_test(word: str, folder: Path, path: str) -> None:
+    """It does not start one either, if an ini option says how."""
+    (folder / "pytest.ini").write_text("[pytest]\npgmanager = --prefix db\n")
     for more in ("", "-n 2"):
         done = run_pytest(folder, path, f"-p pgmanager -p cacheprovider {word} {more}")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -3500,6 +3592,302 @@ def test_pytest_stops_with_one_line_if_it_cannot_get_its_databases(
     assert line.startswith(f"ERROR: pgmanager: {error.replace('PATH', path)}")
     assert "Traceback" not in output
     assert not (folder / "report").exists()
+
+
+FORKING_CONTROLLER = """
+import contextlib, os, pytest, signal, stat
+@pytest.hookimpl(trylast=True)
+def pytest_xdist_setupnodes():
+    if not (child := os.fork()):
+        for number in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):
+                if stat.S_ISFIFO(os.fstat(number).st_mode):
+                    os.close(number)  # or our caller would wait for the end of the output
+        signal.pause()
+    with open("child", "w") as file:
+        print(child, file=file)
+"""
+
+
+def test_a_child_that_the_controller_forks_keeps_no_other_run_waiting(
+    folder: Path, path: str
+) -> None:
+    (folder / "forking.py").write_text(FORKING_CONTROLLER)
+    with served(path, "--count", "2"):
+        done = run_pytest(folder, path, "-p pgmanager -p forking -n 2")
+        child = int((folder / "child").read_text())
+        try:
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert not is_locked(lock_file("db0.gather"))
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+# Tests that take a name while the only one, or both, are taken by the same process.
+TAKING = """
+import asyncio, pgmanager
+def test_sync():
+    held = [pgmanager.acquire() for _ in range(2)]
+def test_sync_with_capfd(capfd):
+    test_sync()
+async def acquire_twice():
+    async with pgmanager.acquire_async(), pgmanager.acquire_async():
+        pass
+def test_async():
+    asyncio.run(acquire_twice())
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-k test_sync",
+        "-k test_async",
+        "-k capfd",
+        "-s",
+        "-p no:capture",
+        "-n 1",
+        "-p pgmanager",  # the plugin has the name
+        "-p pgmanager -n 1",
+    ],
+)
+def test_a_test_that_waits_for_itself_says_so_though_pytest_captures_its_output(
+    words: str, folder: Path, path: str
+) -> None:
+    options = pytest_options(folder, path, f"{words} taking.py")
+    (folder / "conftest.py").unlink()
+    (folder / "taking.py").write_text(TAKING)
+    program = options.pop("args")
+    with served(path, "--count", "1"), started(program=program, **options) as process:
+        assert process.stderr
+        assert not silent(process.stderr, DEADLINE)
+        line = process.stderr.readline()
+        assert line.startswith(WAITING), line
+        assert "; every process that has one waits for another itself: raise --count" in line
+
+
+# Plain pytest: the ini option starts the pool.
+
+PLAIN = """
+import os, sys
+def test():
+    with open(os.environ["REPORT"], "a") as file:
+        wraps = os.environ.get("PGMANAGER_WRAPS_PYTEST")
+        print(os.environ["PGDATABASE"], wraps, os.environ.get("PGM_SOCKET"), os.getcwd(), file=file)
+    if "ASK" in os.environ:
+        print("asked:", sys.stdin.readline())
+    assert "FAIL" not in os.environ
+def test_more():
+    test()
+"""
+# As editors do it.
+SCRIPT = """
+import sys, pytest
+class Plugin:
+    def pytest_sessionfinish(self, exitstatus):
+        print("status", int(exitstatus))
+sys.exit(pytest.main(sys.argv[1:], plugins=[Plugin()]))
+"""
+MAIN = "import pytest, sys; sys.exit(pytest.main(['-p', 'pgmanager', 'test_plain.py']))"
+
+
+@pytest.fixture
+def plain(folder: Path, monkeypatch: Patch) -> Callable[..., Any]:
+    """Write a project whose ini file has our option; return a function that runs a program in it.
+
+    It takes the words, what is typed, the folder to be in, and variables. It returns what the
+    program did, and the rows of the tests' report.
+    """
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
+    monkeypatch.setenv("REPORT", str(folder / "report"))
+    ini = (
+        "[pytest]\naddopts = -p pgmanager -p no:cacheprovider\npgmanager = --prefix db --count 2\n"
+    )
+    files = {"pytest.ini": ini, "test_plain.py": PLAIN, "script.py": SCRIPT, "sub/empty": ""}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "tools").mkdir()
+    shutil.copy(MODULE, folder / "tools")
+
+    def run_plain(words: list[str], typed: str = "", where: str = "", **more: str) -> Any:
+        options: dict[str, Any] = {"cwd": folder / where, "env": {**os.environ, **more}}
+        options.update(capture_output=True, text=True, timeout=DEADLINE, input=typed)
+        (folder / "report").unlink(missing_ok=True)
+        done = subprocess.run(words, **options)
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            rows = [line.split() for line in (folder / "report").read_text().splitlines()]
+        return done, rows
+
+    return run_plain
+
+
+PYTEST = [sys.executable, "-m", "pytest"]
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "status"),
+    [
+        (PYTEST, {"db0"}, 1),
+        ([*PYTEST, "-p", "xdist", "-n", "2"], {"db0", "db1"}, 0),
+        ([*PYTEST, "-p", "no:pgmanager", "-p", "tools.pgmanager"], {"db0"}, 0),  # a vendored copy
+        ([*PYTEST, "-p", "no:capture"], {"db0"}, 0),
+        ([str(Path(sys.executable).with_name("pytest"))], {"db0"}, 0),
+        ([sys.executable, "script.py"], {"db0"}, 0),
+        ([sys.executable, "-Wignore", "script.py", "-p", "xdist", "-n", "2"], {"db0", "db1"}, 1),
+    ],
+)
+def test_plain_pytest_runs_under_a_wrap_with_the_options_of_its_ini_file(
+    words: list[str], names: set[str], status: int, plain: Any, folder: Path
+) -> None:
+    done, rows = plain(words, **({"FAIL": "1"} if status else {}))
+    assert done.returncode == status, done.stdout + done.stderr
+    assert {row[0] for row in rows} <= names
+    assert [row[1:3] for row in rows] == [["1", str(folder / "tmp/pgmanager.sock")]] * 2
+    assert done.stderr == ""
+    assert done.stdout.count("test session starts") == 1
+    assert (f"status {status}" in done.stdout) == ("script.py" in words)
+    assert not (folder / "tmp").exists()
+
+
+def test_plain_pytest_has_the_streams_and_the_folder_of_its_caller(
+    plain: Any, folder: Path
+) -> None:
+    done, rows = plain([*PYTEST, "-s", "../test_plain.py"], "yes\nno\n", "sub", ASK="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall("asked: (.*)", done.stdout) == ["yes", "no"]
+    # The options of wrap are those of the ini file's folder.
+    assert [row[2:] for row in rows] == [[str(folder / "tmp/pgmanager.sock"), f"{folder}/sub"]] * 2
+
+
+def test_ctrl_c_ends_plain_pytest_as_it_ends_pytest(
+    plain: Any, folder: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("ASK", "1")
+    with in_terminal(*PYTEST, "-s", cwd=folder) as (process, write):
+        wait_until(lambda: (folder / "report").exists(), "the first test")
+        write(b"\x03")
+        stdout, stderr = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, stderr) == (2, "")
+    assert "KeyboardInterrupt" in stdout
+    assert not (folder / "tmp").exists()
+
+
+def test_plain_pytest_uses_the_pool_of_a_serve_or_of_the_wrap_around_it(
+    plain: Any, folder: Path
+) -> None:
+    socket = str(folder / "tmp/pgmanager.sock")
+    wrap, become = [*PGMANAGER, "wrap", "--prefix", "outer", "--"], [*PGMANAGER, "exec", "--"]
+    with served(socket, prefix="served"):
+        for before, name in ((become, "served1"), ([], "served2")):
+            done, rows = plain([*before, *PYTEST])
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert [row[:2] for row in rows] == [[name, "None"]] * 2
+    for before, name in ((wrap, "outer0"), ([*wrap, *become], "outer1")):
+        done, rows = plain([*before, *PYTEST])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [row[:2] for row in rows] == [[name, "None"]] * 2
+    # The pool of another wrap ends when that ends, so a private one is started.
+    words = ("wrap", "--prefix", "other", "sleep", "60")
+    with started(*words, cwd=folder) as other:
+        wait_until(lambda: os.path.exists(socket), "the other wrap")
+        done, rows = plain(PYTEST)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [row[:2] for row in rows] == [["db0", "1"]] * 2
+        assert rows[0][2] != socket
+        other.terminate()
+        other.wait(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "more", "error"),
+    [
+        ([*PYTEST, "-o", "pgmanager=--nosuch"], "", {}, "unknown option: --nosuch; see "),
+        ([*PYTEST, "-o", "pgmanager=exec --prefix x"], "", {}, "not an option: exec"),
+        ([*PYTEST, "-o", "pgmanager="], "", {}, "no server at the socket: "),
+        # A variable keeps it from starting itself again and again.
+        (PYTEST, "", {"PGMANAGER_WRAPS_PYTEST": "1"}, "no server at the socket: "),
+        # A program from stdin cannot be started again, and a notebook would lose its variables.
+        ([sys.executable, "-"], MAIN, {}, "no server at the socket: "),
+        ([sys.executable, "-i"], f"import sys; sys.argv = ['x']\n{MAIN}", {}, "no server at the "),
+    ],
+)
+def test_plain_pytest_stops_with_one_line_if_it_cannot_start_a_pool(
+    words: list[str], typed: str, more: dict[str, str], error: str, plain: Any
+) -> None:
+    done, rows = plain(words, typed, **more)
+    assert done.returncode == 4, done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "pgmanager" in line)
+    assert line.startswith("ERROR: pgmanager: ")
+    assert error in line
+    assert not rows
+
+
+def test_a_worker_never_becomes_a_wrap(plain: Any) -> None:
+    done, rows = plain(PYTEST, PGMANAGER_PYTEST_PLUGINS="")  # as its controller sets it
+    assert done.returncode in (1, 2)
+    assert "pgmanager: no server at the socket: " in done.stdout
+    assert not rows
+
+
+DJANGO_TEST = """
+import os, pytest
+@pytest.mark.django_db
+@pytest.mark.parametrize("number", range(8))
+def test(number):
+    from django.db import connection
+    with connection.cursor() as cursor:
+        cursor.execute("select current_database()")
+        print("used", *cursor.fetchone())
+"""
+DJANGO_FIXTURE = """
+import pytest
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings_parallel_suffix():
+    pass
+"""
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("name", "conftest", "used", "is_told"),
+    [
+        ("os.environ['PGDATABASE']", "", r"db\d_gw\d", True),
+        ("os.environ['PGDATABASE']", DJANGO_FIXTURE, r"db\d", False),
+        ("None", "", r"test_db\d_gw\d", False),  # Django makes a database, as README shows
+    ],
+)
+def test_pytest_says_if_pytest_django_has_used_another_database_than_the_leased_one(
+    name: str, conftest: str, used: str, is_told: bool, workplace: Words, folder: Path
+) -> None:
+    settings = f"""
+import os
+DATABASES = {{"default": {{"ENGINE": "django.db.backends.postgresql", "TEST": {{"NAME": {name}}}}}}}
+DATABASES["default"]["NAME"] = os.environ["PGDATABASE"]
+DATABASES["more"] = {{**DATABASES["default"], "TEST": {{"NAME": {name} and {name} + "_more"}}}}
+"""
+    files = {"settings.py": settings, "conftest.py": conftest, "test_django.py": DJANGO_TEST}
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env.update(PYTHONPATH=f"{folder}:{MODULE.parent}", DJANGO_SETTINGS_MODULE="settings")
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plugins = "-p pgmanager -p xdist -p pytest_django.plugin -p no:cacheprovider"
+    words = [*PYTEST, *plugins.split(), "-n", "2", "--reuse-db", "-rP"]
+    done = run(*workplace(*words), env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    databases = re.findall("^used (.*)", done.stdout, re.M)
+    assert len(databases) == 8
+    assert all(re.fullmatch(used, each) for each in databases), databases
+    lines = [line for line in done.stderr.splitlines() if "pytest-django" in line]
+    assert len(lines) == is_told
+    for line in lines:
+        assert re.match(r"pgmanager: pytest-django used (db\d)_gw0 and not \1, which was ", line)
+        assert "django_db_modify_db_settings_parallel_suffix in conftest.py" in line
 
 
 # ------------------------------------------------------------------ The throw-away PostgreSQL
