@@ -1488,8 +1488,10 @@ def connect(connection: socket.socket, path: str, seconds: float | None) -> None
         problem = f"cannot connect: {path}: {error.strerror}"
         raise ServerError(problem, "set PGM_SOCKET to another socket") from error
     advice = "start one with 'pgmanager serve', or run this under 'pgmanager wrap'"
-    is_default = path == os.path.abspath(DEFAULT_SOCKET)
-    if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
+    if (
+        path.endswith(f"/{DEFAULT_SOCKET}")
+        and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys()
+    ):
         advice += "; PGM_SOCKET is not set here: env -i and tox drop it"
     raise ServerError(f"no server at the socket: {path}", advice) from error
 
@@ -1724,8 +1726,10 @@ def become_wrap(config: Any) -> None:
         if folder not in ("", here):  # the options name files as seen from the ini file's folder
             command = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', here, *command]
         words = ["wrap", *options, "--", *command]
-        if (wrapped := parse_arguments(words).words) != command:
-            raise UsageError(f"not an option: {wrapped[0]}")
+        arguments = parse_arguments(words)
+        PoolOptions(arguments)  # raises for bad values
+        if arguments.words != command:
+            raise UsageError(f"not an option: {arguments.words[0]}")
     except ValueError as error:  # a UsageError, or one of shlex
         raise UsageError(f"ini option pgmanager: {error}") from None
     path = get_socket_path()
@@ -3415,7 +3419,9 @@ def uses_running_pool(options: PoolOptions) -> bool:
     for _ in range(3):  # a server that is just ending gives no status; then look again
         try:
             status = observe(options.path, seconds=2)
-        except ServerError:
+        except ServerError as error:
+            if isinstance(error.__cause__, PermissionError):  # another user's socket
+                raise
             return False
         if status is not None:
             break
@@ -3529,8 +3535,11 @@ def run_exec(args: argparse.Namespace) -> int:
         fcntl.fcntl(lock, fcntl.F_DUPFD, connection + 1)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
         signal.signal(number, signal.SIG_DFL)
+    env = env_for(lease)
+    if args.socket is not None:  # COMMAND finds the same pool
+        env["PGM_SOCKET"] = env["PGMANAGER_SOCKET"] = get_socket_path(args.socket)
     try:
-        os.execvpe(args.words[0], args.words, env_for(lease))
+        os.execvpe(args.words[0], args.words, env)
     except OSError as error:
         raise CommandError(args.words[0], error) from error
 
