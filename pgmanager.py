@@ -2279,6 +2279,9 @@ SELECT :'others', current_user;
 """
 
 
+CHECK_SECONDS = 5  # between two looks whether we still have a claim
+
+
 class Claim:
     """The right of our domain to make and drop the databases of a prefix, while we serve them."""
 
@@ -2287,6 +2290,7 @@ class Claim:
         self._postgres = postgres
         self._lock = threading.Lock()  # guards the session
         self._session: Session | None = None  # it holds the claim
+        self._is_closed = threading.Event()
         # The number of our domain: the running system, and the folder as it sees it.
         os.makedirs(postgres.locks_folder, 0o700, exist_ok=True)
         place = os.stat(postgres.locks_folder)
@@ -2318,12 +2322,31 @@ class Claim:
         Raises PostgresError if that fails, or if another domain has the prefix now.
         """
         with self._lock:
-            if self._session is not None and self._session.is_alive():
-                return
-            self.close()
+            if self._session is not None:
+                if self._session.is_alive():
+                    return
+                self._end_session()
+                self._remove_owner_tokens()
             if others := self._claim(self.prefix):
                 problem = f"the prefix {self.prefix} is now used by {others}"
                 raise PostgresError(problem, "start again, for another prefix, or end that one")
+
+    def watch(self) -> None:
+        """Check every few seconds: while leases last long, nothing is prepared. Does not block."""
+
+        def check_until_closed() -> None:
+            while not self._is_closed.wait(CHECK_SECONDS):
+                with contextlib.suppress(Error, OSError, ValueError):  # the next check tries again
+                    self.check()
+
+        threading.Thread(target=check_until_closed, daemon=True).start()
+
+    def _remove_owner_tokens(self) -> None:
+        """Have all databases prepared again: without a claim, others may have used them."""
+        pattern = re.escape(make_file_name(self.prefix)) + "[0-9]+"
+        for file in os.listdir(self._postgres.locks_folder):
+            if re.fullmatch(pattern, file):
+                os.truncate(os.path.join(self._postgres.locks_folder, file), 0)
 
     def _claim(self, prefix: str, wait_for: Callable[[Any], object] = wait_readable) -> str:
         """Claim a prefix; return who else has it, or "" if it is ours now."""
@@ -2334,11 +2357,15 @@ class Claim:
             ((others, self.role),) = self._session.run(CLAIM_SCRIPT, wait_for, **values)
         finally:
             if others:  # the session may have the lock (key, 0), which ends with it
-                self.close()
+                self._end_session()
         return others
 
     def close(self) -> None:
         """Give the claim back. Other servers of our domain may still have it."""
+        self._is_closed.set()
+        self._end_session()
+
+    def _end_session(self) -> None:
         if self._session is not None:
             self._session.close()
         self._session = None
@@ -3079,6 +3106,8 @@ def set_up_databases(
         if kind == "init":
             raise
         # PostgreSQL may come up later. Each copy makes sure of the claim first.
+    if claim:
+        claim.watch()
     if source:
         templates = Templates(prefix, role, postgres, signals)
         template, is_made = templates.find_or_make(source, options.is_rebuild, stack)
