@@ -2239,6 +2239,8 @@ class Session:
     """
 
     END = b"-- the script has ended\n"
+    # If the network drops a connection silently, psql ends after about a minute, not after hours.
+    NETWORK = "keepalives_idle=60 keepalives_interval=10 keepalives_count=3 tcp_user_timeout=60000"
 
     def __init__(
         self, env: Mapping[str, str], database: str = "postgres", lock: int = NO_LOCK
@@ -2255,8 +2257,13 @@ class Session:
         try:
             self.process = subprocess.Popen(
                 # -w: without it psql would read our script as the password.
-                [find_psql(), "-XqAtw", "-F\x1f"],
-                env={**env_for(database, env), "LC_ALL": "C", "PGAPPNAME": name},
+                [find_psql(), "-XqAtw", "-F\x1f", f"-d{self.NETWORK}"],
+                env={
+                    "PGCONNECT_TIMEOUT": "60",  # seconds, if the caller has set none
+                    **env_for(database, env),
+                    "LC_ALL": "C",
+                    "PGAPPNAME": name,
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -2286,8 +2293,10 @@ class Session:
         assert stdin is not None
         assert stdout is not None
         answer, self._is_busy = b"", True
+        rest = "\n".join(lines).encode(errors="surrogateescape")
         with contextlib.suppress(BrokenPipeError):  # psql has ended, and its errors say why
-            stdin.write("\n".join(lines).encode(errors="surrogateescape"))
+            while rest:  # a signal may interrupt the write of a long script
+                rest = rest[stdin.write(rest) :]
         while not answer.endswith(self.END):
             wait_for(stdout)
             piece = os.read(stdout.fileno(), 65536)
@@ -2305,6 +2314,14 @@ class Session:
         self._errors_read += len(written)
         self.messages = os.fsdecode(written).strip()
 
+    def is_alive(self) -> bool:
+        """Tell whether PostgreSQL still answers: it may have ended the session meanwhile."""
+        try:
+            self.run("SELECT 1;")
+        except PostgresError:
+            return False
+        return True
+
     def cancel(self) -> None:
         """Cancel what runs. If psql were killed instead, PostgreSQL would go on with it."""
         with contextlib.suppress(ProcessLookupError):
@@ -2312,18 +2329,19 @@ class Session:
 
     def close(self) -> None:
         """End psql. Blocks until it has ended."""
-        import subprocess
-
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
         if self._is_busy:
             self.cancel()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self.process.wait(2)
-        except subprocess.TimeoutExpired:  # it was connecting to a server that does not answer
+        stdin.close()
+        while wait_readable(stdout, seconds=2):
+            if not os.read(stdout.fileno(), 65536):
+                break
+        else:  # it waits for a server that does not answer
             self.process.kill()
-            self.process.wait()
+        self.process.wait()
+        stdout.close()
         self._errors.close()
 
 
@@ -2355,7 +2373,8 @@ class Postgres:
         make a small copy. It has no lock then, but it ends with the server, and that with us.
         """
         try:
-            session = self._idle.pop()
+            while not (session := self._idle.pop()).is_alive():  # a test may have ended it
+                session.close()
         except IndexError:
             session = Session(self.env, lock=NO_LOCK if self.is_private else lock)
         is_reusable = False
@@ -2416,8 +2435,8 @@ class Postgres:
 
 # The lock (key, 0) makes "look, then lock" one step. The transaction stays open, because pgbouncer
 # may give each transaction another session. What the look has locked in the catalogs is unlocked by
-# the ROLLBACK: else VACUUM FULL would wait for us, and everybody for it. The rows say who has the
-# prefix; without a row it is ours.
+# the ROLLBACK: else VACUUM FULL would wait for us, and everybody for it. The result is who has the
+# prefix, "" if it is ours now, and our role.
 CLAIM_SCRIPT = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL statement_timeout = 0;
@@ -2437,12 +2456,16 @@ ROLLBACK TO SAVEPOINT look;
 \\if :{?others}
     SELECT pg_advisory_unlock(:key, 0) \\g /dev/null
     ROLLBACK;
-    SELECT :'others';
 \\else
+    \\set others ''
     SELECT pg_advisory_xact_lock_shared(:key, :domain) \\g /dev/null
     SELECT pg_advisory_unlock(:key, 0) \\g /dev/null
 \\endif
+SELECT :'others', current_user;
 """
+
+
+CHECK_SECONDS = 5  # between two looks whether we still have a claim
 
 
 class Claim:
@@ -2451,29 +2474,33 @@ class Claim:
     def __init__(self, postgres: Postgres, prefix: str) -> None:
         self.prefix, self.role = prefix, ""  # the role that we are on the server
         self._postgres = postgres
-        self._lock = threading.Lock()  # guards the two below
-        self._session: Session | None = None
-        self._is_held = False
+        self._lock = threading.Lock()  # guards the session
+        self._session: Session | None = None  # it holds the claim
+        self._is_closed = threading.Event()
+        # The number of our domain: the running system, and the folder as it sees it.
+        os.makedirs(postgres.locks_folder, 0o700, exist_ok=True)
+        place = os.stat(postgres.locks_folder)
+        self._domain = hash_to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
 
-    def choose_prefix(self, wait_for: Callable[[Any], object]) -> str:
+    def choose_prefix(self, longest: str, wait_for: Callable[[Any], object]) -> str:
         """Claim the prefix, or the next one that no other domain has; return it.
 
-        Raises PostgresError if PostgreSQL cannot be reached.
+        Raises UsageError if the name with the longest ending would be too long, and PostgresError
+        if PostgreSQL cannot be reached.
         """
-        wanted = self.prefix
-        first = others = self._claim(wait_for)
+        wanted = prefix = self.prefix
+        first = others = self._claim(prefix, wait_for)
         number = 1
         while others:
             number += 1
-            self.prefix = f"{wanted}host{number}_"
+            prefix = f"{wanted}host{number}_"
             advice = f"choose a shorter prefix: {wanted} is used by {first}"
-            check_name_length(f"{self.prefix}template_00000000", advice)
-            others = self._claim(wait_for)
+            check_name_length(f"{prefix}{longest}", advice)
+            others = self._claim(prefix, wait_for)
         if first:
-            say(
-                f"the prefix {wanted} is used by {first}; the databases here are {self.prefix}0 ..."
-            )
-        return self.prefix
+            say(f"the prefix {wanted} is used by {first}; the databases here are {prefix}0 ...")
+        self.prefix = prefix
+        return prefix
 
     def check(self) -> None:
         """Make sure that we still have the claim. If the session was lost, claim again.
@@ -2481,44 +2508,60 @@ class Claim:
         Raises PostgresError if that fails, or if another domain has the prefix now.
         """
         with self._lock:
-            if self._is_held and self._session is not None:
-                try:
-                    self._session.run("SELECT 1;")
+            if self._session is not None:
+                if self._session.is_alive():
                     return
-                except PostgresError:  # PostgreSQL was started again, or somebody ended the session
-                    self.close()
-            if others := self._claim():
-                raise PostgresError(f"the prefix {self.prefix} is now used by {others}")
+                self._end_session()
+                self._remove_owner_tokens()
+            if others := self._claim(self.prefix):
+                problem = f"the prefix {self.prefix} is now used by {others}"
+                raise PostgresError(problem, "start again, for another prefix, or end that one")
 
-    def _claim(self, wait_for: Callable[[Any], object] = wait_readable) -> str:
-        """Claim the prefix; return who else has it, or "" if it is ours now."""
-        import hashlib
+    def watch(self) -> None:
+        """Check every few seconds: while leases last long, nothing is prepared. Does not block."""
 
-        def to_number(text: str) -> str:
-            return str(int(hashlib.sha256(os.fsencode(text)).hexdigest()[:7], 16) or 1)
+        def check_until_closed() -> None:
+            while not self._is_closed.wait(CHECK_SECONDS):
+                with contextlib.suppress(Error, OSError, ValueError):  # the next check tries again
+                    self.check()
 
-        folder = self._postgres.locks_folder
-        os.makedirs(folder, 0o700, exist_ok=True)
-        place = os.stat(folder)
-        domain = to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
-        if self._session is None:
-            self._session = Session(self._postgres.env)
+        threading.Thread(target=check_until_closed, daemon=True).start()
+
+    def _remove_owner_tokens(self) -> None:
+        """Have all databases prepared again: without a claim, others may have used them."""
+        pattern = re.escape(make_file_name(self.prefix)) + "[0-9]+"
+        for file in os.listdir(self._postgres.locks_folder):
+            if re.fullmatch(pattern, file):
+                os.truncate(os.path.join(self._postgres.locks_folder, file), 0)
+
+    def _claim(self, prefix: str, wait_for: Callable[[Any], object] = wait_readable) -> str:
+        """Claim a prefix; return who else has it, or "" if it is ours now."""
+        self._session = Session(self._postgres.env)
+        others = "unknown"
         try:
-            key = to_number(self.prefix)
-            rows = self._session.run(CLAIM_SCRIPT, wait_for, key=key, domain=domain)
-        except BaseException:  # it may have the lock (key, 0), which ends with the session
-            self.close()
-            raise
-        self._is_held = not rows
-        if not rows:
-            self.role = self._session.run("SELECT current_user;")[0][0]
-        return rows[0][0] if rows else ""
+            values = {"key": hash_to_number(prefix), "domain": self._domain}
+            ((others, self.role),) = self._session.run(CLAIM_SCRIPT, wait_for, **values)
+        finally:
+            if others:  # the session may have the lock (key, 0), which ends with it
+                self._end_session()
+        return others
 
     def close(self) -> None:
         """Give the claim back. Other servers of our domain may still have it."""
+        self._is_closed.set()
+        self._end_session()
+
+    def _end_session(self) -> None:
         if self._session is not None:
             self._session.close()
-        self._session, self._is_held = None, False
+        self._session = None
+
+
+def hash_to_number(text: str) -> str:
+    """Return a number from 1 up that PostgreSQL can take as one half of an advisory lock's key."""
+    import hashlib
+
+    return str(int(hashlib.sha256(os.fsencode(text)).hexdigest()[:7], 16) or 1)
 
 
 def get_boot_id() -> str:
@@ -3280,13 +3323,17 @@ def set_up_databases(
         if template and not postgres.is_private:
             claim = Claim(postgres, prefix)
             stack.callback(claim.close)
-            prefix, role = claim.choose_prefix(signals.wait_for), claim.role
+            longest = template[len(prefix) :] if source else str(options.count - 1)
+            prefix = claim.choose_prefix(longest, signals.wait_for)
+            role = claim.role
         if kind == "template":
             check_template_exists(postgres, template, signals)
     except PostgresError:
         if kind == "init":
             raise
         # PostgreSQL may come up later. Each copy makes sure of the claim first.
+    if claim:
+        claim.watch()
     if source:
         templates = Templates(prefix, role, postgres, signals)
         template, is_made = templates.find_or_make(source, options.is_rebuild, stack)
@@ -3309,6 +3356,9 @@ def set_up_databases(
 def check_template_name(template: str, names: Sequence[str]) -> None:
     """Refuse a template that PostgreSQL would truncate, or that is a database of the pool."""
     check_name_length(template, "give the name of the template as PostgreSQL has it")
+    if template == "postgres":  # PostgreSQL copies no database to which others are connected
+        problem = "the template is postgres, to which pgmanager itself is connected"
+        raise UsageError(problem, "copy it once: createdb -T postgres NAME")
     if template in names:
         problem = f"the template is a database of the pool: {template}"
         raise UsageError(problem, "choose another prefix, or it would be dropped")

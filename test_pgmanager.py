@@ -641,7 +641,8 @@ def test_the_ports_of_postgresql_name_the_folder_of_the_lock_files(monkeypatch: 
 # All servers of a user share one folder, so each of these tests runs as a user of its own. That
 # user may not be allowed to read the modules, so they are imported first.
 AS_USER = """
-import contextlib, io, json, os, queue, resource, shlex, socket, sys, urllib.parse, pgmanager
+import contextlib, hashlib, io, json, os, queue, resource, shlex, socket, subprocess, sys, tempfile
+import urllib.parse, pgmanager
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     pgmanager.main(["--help"])
 os.setgroups([])
@@ -2215,6 +2216,7 @@ def test_wrap_makes_a_template_again_only_if_its_init_or_files_have_changed(
         (["--depends", "hidden"], "--depends without --init"),
         (["--rebuild", "--template", "t"], "--rebuild without --init"),
         (["--template", "tp_0"], "the template is a database of the pool: tp_0"),
+        (["--template", "postgres"], "to which pgmanager itself is connected; copy it once"),
     ],
 )
 def test_serve_and_wrap_refuse_bad_template_options_before_they_connect_to_a_server(
@@ -2624,6 +2626,372 @@ def test_commands_change_only_databases_of_the_pool_on_the_chosen_server(
     finally:
         for cluster in clusters:
             cluster.clean()
+
+
+# -------------------------------------------------------------------------------------- Claims
+#
+# Two users are two domains, because each has a folder of lock files. That folder has one for each
+# port, so two ports that lead to one PostgreSQL are two domains as well.
+
+GATED_INIT = f'read x < "$GATE"; {CREATE}'  # it waits if the gate is a FIFO
+QUICK = "import sys, pgmanager as p; p.CHECK_SECONDS = 0.1; sys.exit(p.main(sys.argv[1:]))"
+
+
+class Domain:
+    """Starts servers of one domain, which have the test's prefix and one name."""
+
+    def __init__(self, cluster: Cluster, uid: int | None) -> None:
+        self.cluster, self.port = cluster, str(random.randrange(10_000, 65_536))
+        self.program = [sys.executable, "-c", *([AS_USER, str(uid)] if uid else [QUICK])]
+        self.env = {**os.environ, "GATE": os.devnull}
+        self.locks = f"/tmp/pgmanager-{uid or os.geteuid()}/{'5432' if uid else self.port}"
+        if uid is None:
+            os.symlink(f"{cluster.host}/.s.PGSQL.5432", f".s.PGSQL.{self.port}")
+            self.env.update(PGHOST=os.getcwd(), PGPORT=self.port)
+
+    def path(self, server: str) -> str:
+        return os.path.abspath(f"s-{self.port}{server}")
+
+    def start(self, *words: str, server: str = "", **env: str) -> Any:
+        """Start a server for a ``with``. The block begins before it serves."""
+        words = ("serve", "-s", self.path(server), *(words or ("--init", GATED_INIT)))
+        env = {**self.env, **env}
+        return started(*words, program=self.program, env=env, cwd=MODULE.parent)
+
+    @contextlib.contextmanager
+    def lease(self, process: Process | None = None, server: str = "") -> Iterator[tuple[str, str]]:
+        """Wait until a server serves if one is given; lease a database until the block ends.
+
+        Provide its name without the prefix, and what the server has said. The database is fresh,
+        and at the end as its holder left it, with the holder's session.
+        """
+        said = read_start(process) if process else ""
+        with connect(self.path(server)) as client:
+            name = name_of(client)
+            place: Any = {"host": self.cluster.host, "port": 5432, "user": "postgres"}
+            with psycopg.connect(**place, dbname=name, autocommit=True) as session:
+                session.execute("INSERT INTO made DEFAULT VALUES")
+                yield name[len(self.cluster.prefix) :], said
+                assert session.execute("SELECT * FROM made").fetchall() == [()]
+
+
+def read_start(process: Process) -> str:
+    """Return what a server says until it serves; fail if it ends."""
+    said = ""
+    while "serving" not in said and process.stderr is not None:
+        said += (line := process.stderr.readline())
+        assert line, said
+    return said
+
+
+@contextlib.contextmanager
+def making_domains(cluster: Cluster, kind: str = "ports") -> Iterator[list[Domain]]:
+    """Provide three domains of a kind: ports, or users."""
+    if kind == "users" and os.geteuid() != 0:
+        pytest.skip("only root can run a program as another user")
+    os.chmod(".", 0o777)
+    os.chmod(cluster.host, 0o755)
+    uids = random.sample(range(20_000, 60_000), 3) if kind == "users" else [None] * 3
+    domains = [Domain(cluster, uid) for uid in uids]
+    try:
+        yield domains
+    finally:
+        for domain in domains:
+            shutil.rmtree(domain.locks if kind == "ports" else os.path.dirname(domain.locks), True)
+
+
+@pytest.fixture
+def domains(cluster: Cluster) -> Iterator[list[Domain]]:
+    with making_domains(cluster) as domains:
+        yield domains
+
+
+def claims(cluster: Cluster) -> set[int]:
+    """Return the process ids of the sessions that have claimed the test's prefix."""
+    key = pgmanager.hash_to_number(cluster.prefix)
+    query = f"SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = {key}"
+    return {pid for (pid,) in cluster.sql(query)}
+
+
+def lose_claim(cluster: Cluster) -> None:
+    cluster.sql(*(f"SELECT pg_terminate_backend({pid}, 10000)" for pid in claims(cluster)))
+
+
+@needs_postgres
+@pytest.mark.parametrize("moment", ["at once", "after the claim", "after the start"])
+@pytest.mark.parametrize("kind", ["users", "ports"])
+def test_domains_that_use_one_prefix_at_the_same_time_have_databases_of_their_own(
+    kind: str, moment: str, cluster: Cluster, role: str
+) -> None:
+    os.mkfifo("gate")
+    os.chmod("gate", 0o666)
+    gate = {"GATE": os.path.abspath("gate")} if moment == "after the claim" else {}
+    with contextlib.ExitStack() as stack:
+        one, two, three = stack.enter_context(making_domains(cluster, kind))
+        servers = [stack.enter_context(one.start(**gate))]
+        if moment == "after the claim":
+            wait_until(cluster.templates, "the init of the first server")
+        elif moment == "after the start":
+            wait_until(lambda: is_listening(one.path("")), "the first server")
+        servers.append(stack.enter_context(two.start()))
+        with two.lease(servers[1]) as second:
+            if gate:
+                Path("gate").write_text("\n")
+            with one.lease(servers[0]) as first:
+                (plain, said), (other, other_said) = sorted([first, second])
+                assert (plain, other, "is used by" in said) == ("0", "host2_0", False)
+                assert moment == "at once" or plain == first[0]
+                holder = servers[plain == second[0]]
+                used = f"the prefix {cluster.prefix} is used by pgmanager {holder.pid} on "
+                used += f"{os.uname().nodename}; the databases here are {cluster.prefix}host"
+                assert other_said.count(f"pgmanager: {used}2_0 ...\n") == 1
+                with three.start() as server, three.lease(server) as (name, said):
+                    assert (name, said.count(f"{used}3_0 ...\n")) == ("host3_0", 1)
+        holder.terminate()
+        wait_until(lambda: not claims(cluster), "the end of the first claim")
+        with three.start() as server, three.lease(server) as (name, said):
+            assert (name, "is used by" in said) == ("0", False)
+
+
+@needs_postgres
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_servers_of_a_domain_share_a_prefix_until_the_last_one_has_ended(
+    number: int, cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, _ = domains
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(one.start())
+        with one.lease(server) as (name, _):
+            assert name == "0"
+            last = stack.enter_context(one.start(server="b"))
+            read_start(last)
+            wait_until(lambda: states(one.path("b")) == ["elsewhere"], "the name in use")
+        server.send_signal(number)
+        server.wait(DEADLINE)
+        wait_until(lambda: len(claims(cluster)) == 1, "the end of one claim")
+        with two.start() as other, two.lease(other) as (name, said):
+            assert (name, f"by pgmanager {last.pid} on" in said) == ("host2_0", True)
+            last.send_signal(number)
+            wait_until(lambda: not claims(cluster), "the end of the other")
+            with two.start(server="b") as other_last, two.lease(other_last, "b") as (name, _):
+                assert name == "0"
+
+
+@needs_postgres
+def test_a_prefix_of_the_users_choice_and_one_that_goes_on_with_host2_share_no_database(
+    cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, three = domains
+    chosen = {"PGM_DATABASE_PREFIX": f"{cluster.prefix}host2_"}
+    with one.start(**chosen) as server, one.lease(server) as (name, _):
+        assert name == "host2_0"
+        with two.start() as second, two.lease(second) as (name, _):
+            assert name == "0"
+            with three.start() as third, three.lease(third) as (name, _):
+                assert name == "host3_0"
+            with three.start(**chosen) as third, three.lease(third) as (name, _):
+                assert name == "host2_host2_0"
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("kind", "size", "name"),
+    [
+        ("template", 56, "host2_0"),
+        ("template", 57, ""),
+        ("init", 35, "host2_0"),  # of which the template's name has 63 bytes: template_once_...
+        ("init", 36, ""),
+    ],
+)
+def test_a_prefix_that_is_too_long_for_host2_is_an_error_if_another_domain_has_it(
+    kind: str, size: int, name: str, cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, _ = domains
+    value = {"init": CREATE, "template": cluster.create("made", "CREATE TABLE made()")}[kind]
+    cluster.prefix = prefix = cluster.prefix.ljust(size, "x")
+    words = (f"--{kind}", value, "--prefix", prefix)
+    with one.start(*words) as server, one.lease(server), two.start(*words) as other:
+        if name:
+            with two.lease(other) as (found, _):
+                assert found == name
+        else:
+            assert other.wait(DEADLINE) == 2
+            said = other.communicate()[1]
+            assert re.match(r"pgmanager: database name too long: .*host2_\w+: 64 bytes", said)
+            assert f"; choose a shorter prefix: {prefix} is used by pgmanager" in said
+    cluster.clean()
+    cluster.prefix = prefix[:11]
+
+
+@needs_postgres
+@pytest.mark.parametrize("loss", ["the session is ended", "PostgreSQL starts again"])
+def test_a_claim_that_was_lost_is_made_again_and_no_database_is_leased_without_a_fresh_copy(
+    loss: str, cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, _ = domains
+    ready = f"SELECT oid FROM pg_database WHERE datname = '{cluster.prefix}0'"
+    with one.start() as server:
+        read_start(server)
+        wait_for_free(one.path(""))
+        before, copy = claims(cluster), cluster.sql(ready)
+        if loss == "the session is ended":
+            lose_claim(cluster)
+        else:  # if one backend is killed, all end
+            (backend,) = before
+            os.kill(backend, signal.SIGKILL)
+
+            def find_claim() -> bool:
+                with contextlib.suppress(psycopg.OperationalError):
+                    return bool(claims(cluster) - before)
+                return False
+
+            wait_until(find_claim, "the next claim")
+        wait_until(lambda: len(claims(cluster) - before) == 1, "the next claim")
+        with two.start() as other, two.lease(other) as (name, _):
+            assert name == "host2_0"
+        with one.lease() as (name, _):
+            assert (name, cluster.sql(ready) != copy) == ("0", True)
+
+
+@needs_postgres
+def test_a_pool_is_broken_as_long_as_another_domain_has_taken_its_prefix(
+    cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, _ = domains
+    words = ("--template", cluster.create("made", "CREATE TABLE made()"))
+    with one.start(*words) as server:
+        read_start(server)
+        wait_for_free(one.path(""))
+        server.send_signal(signal.SIGSTOP)
+        lose_claim(cluster)
+        with two.start(*words) as other, two.lease(other) as (name, _):
+            assert name == "0"
+            server.send_signal(signal.SIGCONT)
+            wait_until(lambda: not os.path.getsize(f"{one.locks}/{cluster.prefix}0"), "the loss")
+            with connect(one.path("")) as client:
+                answer = client.recv(1024).decode()
+            taken = f"the prefix {cluster.prefix} is now used by pgmanager {other.pid} on"
+            assert answer.startswith("EMPTY:"), answer
+            assert taken in answer
+        wait_until(lambda: states(one.path("")) != ["broken"], "a new copy")
+        with one.lease() as (name, _):
+            assert name == "0"
+
+
+@needs_postgres
+def test_a_pool_with_a_template_starts_without_postgresql_and_claims_its_prefix_later(
+    cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, _ = domains
+    template = cluster.create("made", "CREATE TABLE made()")
+    later = os.path.abspath("later")
+    with one.start("--template", template, PGHOST=later) as server:
+        read_start(server)
+        with connect(one.path("")) as client:
+            assert b"No such file or directory" in client.recv(1024)
+        os.symlink(os.getcwd(), later)
+        wait_until(lambda: claims(cluster), "the claim")
+        with two.start("--template", template) as other, two.lease(other) as (name, _):
+            assert name == "host2_0"
+        wait_until(lambda: states(one.path("")) == ["free"], "a copy")
+        with one.lease() as (name, _):
+            assert name == "0"
+
+
+@needs_postgres
+def test_an_init_runs_with_a_password_from_the_environment_and_without_a_server_is_an_error(
+    folder: Path, monkeypatch: Patch
+) -> None:
+    show = ("sh", "-c", 'echo "$PGPORT $PGPASSWORD"; read x')
+    words = ("wrap", "--prefix", "x", "--count", "1", "--init", CREATE, "--", *query_lease(TABLES))
+    monkeypatch.setenv("PATH", pgmanager.find_programs(), prepend=":")
+    options = ("-s", str(folder / "other"), "--count", "1")
+    with started(
+        "wrap", "--ephemeral", "--tcp", *options, "--", *show, stdin=subprocess.PIPE
+    ) as process:
+        port, password = next_line(process).split()
+        for name, value in {"HOST": "127.0.0.1", "PORT": port, "USER": "postgres"}.items():
+            monkeypatch.setenv(f"PG{name}", value)
+        for given, status, stdout, problem in (
+            (password, 0, "made\n", "was made in"),
+            ("wrong", 125, "", "password authentication failed"),
+            ("", 125, "", "no password supplied"),
+        ):
+            monkeypatch.setenv("PGPASSWORD", given)
+            done = run(*words, cwd=folder)
+            assert (done.returncode, done.stdout) == (status, stdout), done.stderr
+            assert problem in done.stderr
+            assert is_one_line(done.stderr)
+    done = run(*words, cwd=folder)  # now nobody listens there
+    assert (done.returncode, done.stdout, is_one_line(done.stderr)) == (125, "", True)
+    assert "Connection refused" in done.stderr
+
+
+@needs_postgres
+@pytest.mark.parametrize("option", ["--init", "--template"])
+def test_ctrl_c_ends_a_start_that_connects_to_a_server_that_does_not_answer(
+    option: str, folder: Path, monkeypatch: Patch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        monkeypatch.setenv("PGHOST", "127.0.0.1")
+        monkeypatch.setenv("PGPORT", str(silent_server.getsockname()[1]))
+        with started("wrap", "--prefix", "x", option, "true", "--", "true", cwd=folder) as process:
+            connection, _ = silent_server.accept()
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+            assert process.returncode == -signal.SIGINT
+        with connection:
+            assert len(b"".join(iter(lambda: connection.recv(4096), b""))) < 4096  # psql has ended
+
+
+@needs_postgres
+def test_a_session_takes_any_text_as_a_value_and_ends_with_the_reason_if_postgresql_ends_it(
+    cluster: Cluster,
+) -> None:
+    values = [
+        "",
+        " ",
+        "'",
+        "\\",
+        "\\'",
+        "\\n",
+        "a\r\nb\t",
+        ":'x' :x",
+        "`id`",
+        "$$",
+        ODD,
+        "\x01é\u20ac",
+    ]
+    descriptors = os.listdir("/dev/fd")
+    session = pgmanager.Session(os.environ)
+    for value in [*values, "".join(values), 100_000 * "x"]:
+        script = "DO $$ BEGIN RAISE WARNING 'between'; END $$;\nSELECT :'v', 7;"
+        if "\n" in value:
+            script = script.replace(":'v'", "replace(:'v', chr(10), '')")
+        assert session.run(script, v=value) == [[value.replace("\n", ""), "7"]]
+        assert session.messages == "WARNING:  between"
+    assert session.is_alive()
+    with pytest.raises(pgmanager.PostgresError, match="FATAL:  terminating"):
+        session.run("SELECT pg_terminate_backend(pg_backend_pid()), pg_sleep(1000);")
+    assert not session.is_alive()
+    session.close()
+    assert os.listdir("/dev/fd") == descriptors
+
+
+@needs_postgres
+def test_a_throw_away_server_goes_on_after_a_test_has_ended_all_sessions(path: str) -> None:
+    end_all = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+    end_all += "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    words = ("wrap", "--ephemeral", "-s", path, "--count", "1", "--init", CREATE)
+    with started(*words, "--", *SHOW_URL, stdin=subprocess.PIPE) as process:
+        url = next_line(process)
+        for _ in range(2):
+            with connect(path) as client:
+                assert name_of(client) == "test_0"
+            wait_for_free(path)
+            with psycopg.connect(url, autocommit=True) as connection:
+                assert connection.execute(end_all).fetchall()
+        assert "cannot prepare" not in process.communicate("\n", timeout=DEADLINE)[1]
 
 
 # -------------------------------------------------------------------------------------- Status
