@@ -392,8 +392,7 @@ def measure_copies(output: str) -> float:
     """Return how many copies two open sessions make in a second."""
     host, template = output.split()
     env = {**os.environ, "PGHOST": host, "PGPORT": pgmanager.PORT, "PGUSER": "postgres"}
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor() as pool:
         sessions = [stack.enter_context(contextlib.closing(pgmanager.Session(env))) for _ in "ab"]
         for session, name in zip(sessions, "ab"):
             session.run(pgmanager.STRATEGY_SCRIPT, name=name, template=template)
@@ -432,7 +431,6 @@ def main() -> None:
     if not groups.keys() >= {*sys.argv[1:]}:
         sys.exit(f"bench: no such part; there are {', '.join(groups)}")
     COMMANDS[OURS] = [sys.executable, "-c", STARTER, os.path.dirname(pgmanager.__file__)]
-    before = os.path.abspath(os.environ["BEFORE"]) if BEFORE in VERSIONS else ""
     if peer := os.environ.get("PEER"):
         COMMANDS[PEER] = ["/bin/sh", "-c", peer.replace("{socket}", '"$0"')]
     # As a user starts it: with byte code cached, and with no pool or PostgreSQL of somebody's.
@@ -446,13 +444,13 @@ def main() -> None:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
     with tempfile.TemporaryDirectory(dir=memory, prefix="pgm-bench-") as folder:
         os.chmod(folder, 0o1777)  # for root, PostgreSQL runs as another user
+        if BEFORE in VERSIONS:  # with packed data of its own, or each would remove the other's
+            os.mkdir(old := f"{folder}/old")
+            with open(os.environ[BEFORE]) as source, open(f"{old}/pgmanager.py", "w") as target:
+                target.write(source.read().replace("/tmp/pgmanager-", f"{folder}/kept-"))
+            COMMANDS[BEFORE] = [sys.executable, "-c", STARTER, old]
         os.chdir(folder)
         os.environ["TMPDIR"] = folder
-        if before:  # a copy that keeps packed data of its own, or each would remove the other's
-            os.mkdir("before")
-            with open(before) as source, open("before/pgmanager.py", "w") as target:
-                target.write(source.read().replace("/tmp/pgmanager-", f"{folder}/kept-"))
-            COMMANDS[BEFORE] = [sys.executable, "-c", STARTER, f"{folder}/before"]
         print(f"  {'figure':<49} {'of':<20} {'value':>9}    ratio  target")
         for name in sys.argv[1:] or groups:
             print(f"\n{groups[name].__doc__}")
