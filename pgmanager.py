@@ -1488,10 +1488,8 @@ def connect(connection: socket.socket, path: str, seconds: float | None) -> None
         problem = f"cannot connect: {path}: {error.strerror}"
         raise ServerError(problem, "set PGM_SOCKET to another socket") from error
     advice = "start one with 'pgmanager serve', or run this under 'pgmanager wrap'"
-    if (
-        path.endswith(f"/{DEFAULT_SOCKET}")
-        and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys()
-    ):
+    is_default = path.endswith(f"/{DEFAULT_SOCKET}")
+    if is_default and not {"PGM_SOCKET", "PGMANAGER_SOCKET"} & os.environ.keys():
         advice += "; PGM_SOCKET is not set here: env -i and tox drop it"
     raise ServerError(f"no server at the socket: {path}", advice) from error
 
@@ -2603,6 +2601,8 @@ class Preparer:
         """Prepare a database; return None, or the reason why that failed. Blocks until then."""
         try:
             with self._processors:
+                if self._is_stopped:
+                    return "the server ends"
                 if self._claim is not None:
                     self._claim.check()
                 if self.template:
@@ -2677,8 +2677,10 @@ class Preparer:
         with self._lock:
             self._is_stopped = True
             running = list(self._running)
-            # At SIGINT psql cancels its query. If it were killed, the query would go on.
-            for number in (signal.SIGINT, signal.SIGKILL):
+            # At SIGINT psql cancels its query. If it were killed, the query would go on, which does
+            # not matter on a server that ends with us.
+            is_at_once = self.template and self._postgres.is_private
+            for number in (signal.SIGKILL,) if is_at_once else (signal.SIGINT, signal.SIGKILL):
                 for process in running:
                     with contextlib.suppress(OSError):  # it has ended
                         os.killpg(process.pid, number)
@@ -2994,7 +2996,7 @@ programs=$1 folder=$2 empty=$3 packed=$4 locale=$5
 shift 5
 cd "$folder" || exit
 unpack() {{
-    [ -f "$1" ] && {{ tar -xf "$1" && touch "$1" || {{ rm -rf data; false; }} }}
+    [ -f "$1" ] && {{ tar -xf "$1" && touch -c "$1" || {{ rm -rf data; false; }} }}
 }}
 pack() {{
     [ "$1" ] && [ "$(du -sk data | cut -f 1)" -lt {MAX_KILOBYTES} ] &&
@@ -3057,6 +3059,9 @@ class ThrowAwayServer:
             if name.startswith(FOLDER):
                 self._remove(f"{self._base}/{name}")
         empty, packed = self._get_packed_files(key)
+        if self._options.is_rebuild:  # init may make roles, which the packed data have already
+            with contextlib.suppress(OSError):
+                os.remove(packed)
         try:
             self._run(stack, empty, packed)
         except PostgresError as error:
@@ -3209,12 +3214,14 @@ class ThrowAwayServer:
             return [f"port={PORT}", "listen_addresses="]
         self._password = os.urandom(16).hex()
         # PostgreSQL also sets SO_REUSEADDR, so it can bind beside us, and nobody else has the port.
+        # macOS allows that only for different addresses, so this is bound to all of them.
         held = stack.enter_context(socket.socket())
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
+        held.bind(("", 0))
         self._port = str(held.getsockname()[1])
         with open(f"{self.folder}/hba", "w") as file:
-            file.write("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
+            file.write("local all,replication all trust\n")
+            file.write("host all,replication all 127.0.0.1/32 scram-sha-256\n")
         os.chmod(file.name, 0o644)  # the folder is private
         return [f"port={self._port}", "listen_addresses=127.0.0.1", f"hba_file={file.name}"]
 

@@ -4593,20 +4593,25 @@ def test_wrap_keeps_no_clusters_that_are_too_large(
     assert len(saved_clusters(folder)) == (0 if "KILO" in limit else 2)
 
 
-@needs_postgres
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_wrap_killed_while_it_saves_a_cluster_leaves_a_whole_one(
-    workplace: Words, folder: Path, own: list[str], number: int
-) -> None:
-    words = workplace("--init", "a.sql", "--", "true")
+def stop_packing(folder: Path) -> dict[str, str]:
+    """Return the environment in which packing makes the file "packing" and waits at a gate."""
     tar = folder / "bin" / "tar"
     tar.parent.mkdir()
     os.mkfifo(folder / "gate")
     pause = f"case $2 in *cluster-*-*) touch {folder}/packing; read x <{folder}/gate;; esac"
     tar.write_text(f'#!/bin/sh\n{pause}\nexec {shutil.which("tar")} "$@"\n')
     tar.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tar.parent}:{os.environ['PATH']}"}
-    with started(*words, program=own, env=env, start_new_session=True) as process:
+    return {**os.environ, "PATH": f"{tar.parent}:{os.environ['PATH']}"}
+
+
+@needs_postgres
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_wrap_killed_while_it_saves_a_cluster_leaves_a_whole_one(
+    workplace: Words, folder: Path, own: list[str], number: int
+) -> None:
+    words = workplace("--init", "a.sql", "--", "true")
+    gate = stop_packing(folder)
+    with started(*words, program=own, env=gate, start_new_session=True) as process:
         wait_until((folder / "packing").exists, "the packing")
         os.killpg(process.pid, number)
         open_gate(folder / "gate")
@@ -4648,6 +4653,106 @@ def test_wrap_saves_no_cluster_in_a_folder_of_another_user(
     done = run_program(*own, *workplace("--", "echo", "ran"))
     assert (done.stdout, done.returncode) == ("ran\n", 0)
     assert saved_clusters(folder) == []
+
+
+ROLES = "CREATE ROLE app LOGIN; CREATE ROLE own LOGIN PASSWORD 'own'; CREATE ROLE nologin;"
+# It writes a line: what the variables say, and where psql gets by them and by the URL.
+SEE_TCP = """
+ask="psql -wXAtc 'SELECT current_database(), host(inet_server_addr()), inet_server_port()'"
+url="$PGUSER:$PGPASSWORD@$PGHOST:$PGPORT $DATABASE_URL"
+echo "$url $(eval "$ask") $(eval "$ask" '"$DATABASE_URL"')" >>seen
+"""
+SEEN = r"(postgres:(\w{32})@127\.0\.0\.1:(\d+)) postgresql://\1/(\w+) (\4\|127\.0\.0\.1\|\3) \5"
+# It prints which roles have that password, and which has one of its own.
+LOG_IN = """
+for user in postgres app own nologin; do psql -wXAtc 'SELECT current_user' -U $user; done
+PGPASSWORD=own psql -wXAtc "SELECT 'of its own'" -U own
+"""
+
+
+@needs_postgres
+def test_tcp_gives_init_command_and_exec_a_url_with_a_random_password_for_all_roles_without_one(
+    workplace: Words, folder: Path, own: list[str]
+) -> None:
+    (folder / "roles.sql").write_text(ROLES)
+    init = ("--init", "roles.sql", "--init", SEE_TCP, "--depends", "roles.sql")
+    command = ("sh", "-c", f'{SEE_TCP} "$@"', "sh", *own, "exec", "sh", "-c", SEE_TCP + LOG_IN)
+    passwords = set()
+    for variable, *options in ("0", "--tcp"), ("1",), ("", "--tcp", "--rebuild"):
+        words = [*own, *workplace(*options, *init, "--", *command)]
+        done = run_program(*words, env={**os.environ, "PGM_TCP": variable})
+        assert (done.returncode, done.stdout) == (0, "postgres\napp\nof its own\n"), done.stderr
+        verb, template = get_template(done.stderr)
+        assert verb == ("found" if variable == "1" else "made")
+        lines = (folder / "seen").read_text().splitlines()
+        (folder / "seen").unlink()
+        seen = [re.fullmatch(SEEN, line) or pytest.fail(line) for line in lines]
+        expected = [f"db{template}", "postgres", "db0"][variable == "1" :]
+        assert [match[4].replace("db1", "db0") for match in seen] == expected
+        assert len({match[1] for match in seen}) == 1
+        passwords.add(seen[0][2])
+    assert len(passwords) == 3
+
+
+@needs_postgres
+def test_tcp_lets_nobody_in_without_the_password_and_shows_it_nowhere(
+    workplace: Words, path: str
+) -> None:
+    words = workplace("-v", "--tcp", "--init", "true", "--", *SHOW_URL)
+    with started(*words, stdin=subprocess.PIPE) as process:
+        url = next_line(process)
+        _, _, password, _, port, _ = re.split("[/:@]+", url)
+        psycopg.connect(url).close()
+        for place, reason in (
+            ("postgres@127.0.0.1", "no password supplied"),
+            ("postgres:wrong@127.0.0.1", "password authentication failed"),
+            (f"postgres:{password}@127.0.0.2", "Connection refused|Can't assign"),
+        ):
+            with pytest.raises(psycopg.OperationalError, match=reason):
+                psycopg.connect(f"postgresql://{place}:{port}/postgres", passfile="/dev/null")
+        wait_for_free(path)
+        seen = subprocess.check_output(["ps", "-axww", "-o", "command="], text=True)
+        assert "psql" in seen  # those that have made the copies
+        seen += run("status", "-s", path).stdout + run("status", "--json", "-s", path).stdout
+        seen += process.communicate("\n", timeout=DEADLINE)[1]
+        assert password not in seen
+
+
+@needs_postgres
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("place", "reason"), [("127.0.0.1", "no password supplied"), ("{}", "Permission denied")]
+)
+def test_another_user_without_the_password_is_refused_by_tcp_and_by_the_socket(
+    workplace: Words, folder: Path, place: str, reason: str
+) -> None:
+    psql = f"{pgmanager.find_programs()}/psql"
+    if not pgmanager.is_open_to_all(psql):
+        pytest.skip("only root may run psql")
+    with started(*workplace("--tcp", "--", *SHOW_URL), stdin=subprocess.PIPE) as process:
+        port = next_line(process).rpartition(":")[2].partition("/")[0]
+        (private,) = postgres_folders(folder)
+        words = (psql, "-wXh", place.format(private), "-p", port, "-U", "postgres", "postgres")
+        done = run_program(*words, env={}, user=54321, group=54321, cwd="/")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert reason in done.stderr
+        process.communicate("\n", timeout=DEADLINE)
+
+
+@needs_postgres
+def test_nobody_else_gets_the_port_of_tcp_while_postgres_is_down_to_be_packed(
+    workplace: Words, folder: Path, own: list[str]
+) -> None:
+    words = workplace("--tcp", "--init", "a.sql", "--", "sh", "-c", 'echo "$PGPORT"; psql -wXc ""')
+    with started(*words, program=own, env=stop_packing(folder)) as process:
+        wait_until((folder / "packing").exists, "the packing")
+        (port,) = {*re.findall(r"-cport=(\d+)", " ".join(processes_in(folder).values()))}
+        for address in "127.0.0.1", "":
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind((address, int(port)))
+        open_gate(folder / "gate")
+        output, errors = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, output) == (0, f"{port}\n"), errors
 
 
 # ---------------------------------------------------------------------------------- Messages

@@ -12,6 +12,7 @@ error. What else is measured, if it is there:
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import glob
 import itertools
@@ -40,11 +41,11 @@ COMMANDS: dict[str, list[str]] = {}  # how each is started
 STARTER = "import sys; sys.path.insert(0, sys.argv.pop(1))"
 STARTER += "; import pgmanager; sys.exit(pgmanager.main())"
 
-# A test process. It prints how long it had a name, and the longest wait.
+# A test process. It prints how long it had a name, the longest wait, and the number of leases.
 CLIENT = """
 import socket, sys, time
 path, hold, begin, end = sys.argv[1], *map(float, sys.argv[2:])
-used = longest = 0
+used = longest = leases = 0
 time.sleep(max(0, begin - time.monotonic()))
 while (asked := time.monotonic()) < end:
     with socket.socket(socket.AF_UNIX) as connection:
@@ -54,8 +55,8 @@ while (asked := time.monotonic()) < end:
         time.sleep(hold)
         used += max(0, min(time.monotonic(), end) - got)
     if got < end:  # after that, clients that exit take the processors
-        longest = max(longest, got - asked)
-print(used, longest)
+        longest, leases = max(longest, got - asked), leases + 1
+print(used, longest, leases)
 """
 ONE_LEASE = "import os, socket; client = socket.socket(socket.AF_UNIX)"
 ONE_LEASE += "; client.connect(os.environ['PGM_SOCKET']); client.recv(1024)"
@@ -64,6 +65,7 @@ do $$ begin for n in 1..{} loop
     execute format('create table t%s (id serial primary key, word text unique)', n);
 end loop; end $$;
 """
+COPY = 'drop database if exists :"name"; create database :"name" template :"template" :strategy;'
 # Others that start a PostgreSQL, which refuses to run as root.
 STARTED_BY = {
     "testing.postgresql": """
@@ -204,15 +206,15 @@ def measure_rate(path: str) -> float:
     return 1000 / (time.perf_counter() - begin)
 
 
-def measure_crowd(path: str, processes: int, names: int, hold: float) -> tuple[float, float]:
-    """Return the part of the time in which the names were in use, and the longest wait."""
+def measure_crowd(path: str, processes: int, names: int, hold: float) -> tuple[float, ...]:
+    """Return the part of the time in which the names were in use, the longest wait, the rate."""
     seconds = 3
     begin = time.monotonic() + 0.5  # until then all processes have started
     words = [sys.executable, "-ISc", CLIENT, path, *map(str, (hold, begin, begin + seconds))]
     start = partial(subprocess.Popen[str], words, stdout=subprocess.PIPE, text=True)
     outputs = [client.communicate()[0] for client in [start() for _ in range(processes)]]
-    used, waits = zip(*(map(float, output.split()) for output in outputs))
-    return sum(used) / (names * seconds), max(waits)
+    used, waits, leases = zip(*(map(float, output.split()) for output in outputs))
+    return sum(used) / (names * seconds), max(waits), sum(leases) / seconds
 
 
 def measure_run(*words: str, env: Mapping[str, str] | None = None) -> float:
@@ -238,14 +240,14 @@ def getting(stack: contextlib.ExitStack) -> None:
     for label in VERSIONS:
         env = {**os.environ, "PGM_SOCKET": paths[label]}
         runs[label] = partial(measure_run, *COMMANDS[label], "exec", "--", "true", env=env)
-    show("pgmanager exec -- true", "ms", in_turns(20, runs))
+    show("pgmanager exec -- true", "ms", in_turns(20, runs), "<= 2.5", "python -c pass")
 
 
 def sharing(stack: contextlib.ExitStack) -> None:
     """To share: 16 processes, 4 names"""
     paths = start_pools(stack, [*COMMANDS], 4)
     for hold, target in ((0.005, ""), (0.02, "<= 1.2")):
-        use, waits = split(in_turns(8, for_each(paths, measure_crowd, 16, 4, hold)))
+        use, waits, _ = split(in_turns(8, for_each(paths, measure_crowd, 16, 4, hold)))
         show(f"names in use, held for {hold * 1e3:g} ms each", "%", use, ">= 0.99")
         fair = "hold x 16 / 4"
         show("  longest wait", "ms", {fair: [hold * 16 / 4] * 8, **waits}, target, fair)
@@ -307,19 +309,17 @@ def measure_queue(label: str, size: int, names: int = 64) -> tuple[float, float,
 
 def start_fresh(stack: contextlib.ExitStack, label: str, tables: int, count: int) -> Server:
     """Start a PostgreSQL whose databases have some tables. It says where it is."""
-    options = ["--ephemeral", "--count", str(count), *get_init_options(label, tables)]
+    options = ["--ephemeral", "--count", str(count), "--init", write_schema(tables)]
     script = 'echo "$PGHOST" "${PGM_TEMPLATE_DATABASE-}"; exec sleep 1000'
     return Server(stack, label, "wrap", *options, "--", "sh", "-c", script)
 
 
-def get_init_options(label: str, tables: int) -> list[str]:
+def write_schema(tables: int) -> str:
+    """Write an SQL file that makes some tables; return its name."""
     file = f"{tables}.sql"
     with open(file, "w") as script:
         script.write(TABLES.format(tables))
-    if label == OURS:
-        return ["--init", file]
-    psql = f"{pgmanager.find_programs()}/psql"
-    return ["--init", f"{psql} -Xqv ON_ERROR_STOP=1 -f {file}", "--template", "template1"]
+    return file
 
 
 def fresh(stack: contextlib.ExitStack) -> None:
@@ -345,10 +345,19 @@ def fresh(stack: contextlib.ExitStack) -> None:
             "" if tables < 200 else "<= 1.1",
         )
     paths = {label: start_fresh(stack, label, 200, 8).path for label in VERSIONS}
-    _, waits = split(in_turns(7, for_each(paths, measure_crowd, 4, 8, 0.1)))
+    _, waits, _ = split(in_turns(7, for_each(paths, measure_crowd, 4, 8, 0.1)))
     show("200 tables, 8 names, 4 processes: longest wait", "ms", waits)
     copies: Measures = {label: partial(count_copies, label) for label in VERSIONS}
     show("64 names, 8 tests: copies that are made", "", in_turns(1, copies), "<= 12", OURS)
+    plain, by_hand = {"no fresh copies": start_pools(stack, [OURS], 8)[OURS]}, "copies by two psql"
+    for tables in (5, 200):
+        with contextlib.ExitStack() as inner:
+            servers = {label: start_fresh(inner, label, tables, 8) for label in VERSIONS}
+            paths = {label: server.path for label, server in servers.items()}
+            measures = for_each({**paths, **plain}, measure_tests)
+            measures[by_hand] = partial(measure_copies, servers[OURS].output)
+            rates = in_turns(7, measures)
+        show(f"{tables} tables, 8 names, 4 processes: tests a second", "", rates, ">= 0.8", by_hand)
 
 
 def measure_renewal(path: str, holder: list[socket.socket]) -> float:
@@ -373,14 +382,34 @@ def count_copies(label: str) -> int:
         return now
 
 
+def measure_tests(path: str) -> float:
+    """Return how many leases of 10 ms there are in a second, less the copies that were ready."""
+    time.sleep(1)  # until then they are made
+    return measure_crowd(path, 4, 8, 0.01)[2] - 8 / 3
+
+
+def measure_copies(output: str) -> float:
+    """Return how many copies two open sessions make in a second."""
+    host, template = output.split()
+    env = {**os.environ, "PGHOST": host, "PGPORT": pgmanager.PORT, "PGUSER": "postgres"}
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor() as pool:
+        sessions = [stack.enter_context(contextlib.closing(pgmanager.Session(env))) for _ in "ab"]
+        for session, name in zip(sessions, "ab"):
+            session.run(pgmanager.STRATEGY_SCRIPT, name=name, template=template)
+        begin = time.perf_counter()
+        list(pool.map(lambda session: session.run(20 * COPY), sessions))
+        return 40 / (time.perf_counter() - begin)
+
+
 def starting(_: contextlib.ExitStack) -> None:
     """To start a PostgreSQL, take one database with 200 tables, and end it"""
     lease = ["--", sys.executable, "-ISc", ONE_LEASE]
     wrap = ["wrap", "--ephemeral", "--prefix", "bench_"]
+    init = ["--init", write_schema(200)]
     measures: Measures = {}
     for label in VERSIONS:
-        options = get_init_options(label, 200)
-        measures[label] = partial(measure_run, *COMMANDS[label], *wrap, *options, *lease)
+        measures[label] = partial(measure_run, *COMMANDS[label], *wrap, *init, *lease)
+        measures[label]()  # the first run makes what the others find
     measures["without --init"] = partial(measure_run, *COMMANDS[OURS], *wrap, *lease)
     user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else 0
     words = ["200.sql", f"{pgmanager.find_programs()}/psql", str(user)]
@@ -390,11 +419,10 @@ def starting(_: contextlib.ExitStack) -> None:
         if subprocess.run([*command, *words], stderr=subprocess.DEVNULL).returncode == 0:
             command[-1] += script
             measures[module] = partial(measure_run, *command, *words)
-    measures[OURS]()  # the first run makes what the others find
     values = in_turns(9, measures)
     show("wrap --ephemeral --init, the second run", "ms", values, "<= 1.3", "without --init")
-    options = [*get_init_options(OURS, 200), "--rebuild"]
-    first: Measures = {OURS: partial(measure_run, *COMMANDS[OURS], *wrap, *options, *lease)}
+    words = [*COMMANDS[OURS], *wrap, *init, "--rebuild", *lease]
+    first: Measures = {OURS: partial(measure_run, *words)}
     show("the run that makes the template", "ms", in_turns(5, first))
 
 
@@ -402,10 +430,7 @@ def main() -> None:
     groups = {group.__name__: group for group in (getting, sharing, waiting, fresh, starting)}
     if not groups.keys() >= {*sys.argv[1:]}:
         sys.exit(f"bench: no such part; there are {', '.join(groups)}")
-    for label, file in ((OURS, pgmanager.__file__), (BEFORE, os.environ.get("BEFORE"))):
-        if file:
-            folder = os.path.dirname(os.path.abspath(file))
-            COMMANDS[label] = [sys.executable, "-c", STARTER, folder]
+    COMMANDS[OURS] = [sys.executable, "-c", STARTER, os.path.dirname(pgmanager.__file__)]
     if peer := os.environ.get("PEER"):
         COMMANDS[PEER] = ["/bin/sh", "-c", peer.replace("{socket}", '"$0"')]
     # As a user starts it: with byte code cached, and with no pool or PostgreSQL of somebody's.
@@ -419,6 +444,11 @@ def main() -> None:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
     with tempfile.TemporaryDirectory(dir=memory, prefix="pgm-bench-") as folder:
         os.chmod(folder, 0o1777)  # for root, PostgreSQL runs as another user
+        if BEFORE in VERSIONS:  # with packed data of its own, or each would remove the other's
+            os.mkdir(old := f"{folder}/old")
+            with open(os.environ[BEFORE]) as source, open(f"{old}/pgmanager.py", "w") as target:
+                target.write(source.read().replace("/tmp/pgmanager-", f"{folder}/kept-"))
+            COMMANDS[BEFORE] = [sys.executable, "-c", STARTER, old]
         os.chdir(folder)
         os.environ["TMPDIR"] = folder
         print(f"  {'figure':<49} {'of':<20} {'value':>9}    ratio  target")
