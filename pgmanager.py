@@ -2176,9 +2176,8 @@ class Postgres:
         On a private server it stays open for the next caller: to start psql takes as long as to
         make a small copy. It has no lock then, but it ends with the server, and that with us.
         """
-        try:
-            session = self._idle.pop()
-        except IndexError:
+        session = self._take_idle()
+        if session is None:
             session = Session(self.env, lock=NO_LOCK if self.is_private else lock)
         is_reusable = False
         try:
@@ -2188,6 +2187,19 @@ class Postgres:
             if is_reusable:
                 self._idle.append(session)
             else:
+                session.close()
+
+    def _take_idle(self) -> Session | None:
+        """Return a session that stayed open, if there is one."""
+        while True:
+            try:
+                session = self._idle.pop()
+            except IndexError:
+                return None
+            try:
+                session.run("SELECT 1;")
+                return session
+            except PostgresError:  # a test may have ended all sessions of the server
                 session.close()
 
     def close_sessions(self) -> None:

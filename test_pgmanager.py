@@ -3681,6 +3681,24 @@ def test_a_server_of_the_users_own_copies_files_if_it_has_no_fsync(
     assert (after - before < 1_000_000) == is_by_files
 
 
+@needs_postgres
+def test_a_test_that_ends_all_sessions_of_the_server_breaks_no_database(
+    workplace: Words, path: str
+) -> None:
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    words = workplace("--init", "true", "--", *SHOW_URL)
+    with started(*words, stdin=subprocess.PIPE) as process:
+        url = next_line(process)
+        for _ in range(2):
+            wait_for_free(path)
+            with connect(path) as client, psycopg.connect(url) as connection:
+                name_of(client)
+                connection.execute(f"{end} AND backend_type = 'client backend'")
+        wait_for_free(path)
+        _, errors = process.communicate("\n", timeout=DEADLINE)
+        assert re.findall("pgmanager: ([a-z]+)", errors) == ["warning", "template"], errors
+
+
 ROLES = "CREATE ROLE app LOGIN; CREATE ROLE own LOGIN PASSWORD 'own'; CREATE ROLE nologin;"
 # It writes a line: what the variables say, and where psql gets by them and by the URL.
 SEE_TCP = """
