@@ -4655,6 +4655,42 @@ def test_wrap_saves_no_cluster_in_a_folder_of_another_user(
     assert saved_clusters(folder) == []
 
 
+@needs_postgres
+@pytest.mark.parametrize("fsync", ["on", "off"])
+def test_a_server_of_the_users_own_copies_files_if_it_has_no_fsync(
+    workplace: Words, fsync: str
+) -> None:
+    """From PostgreSQL 15 on, a copy that is not of files writes every page into the WAL."""
+    wal = """psql -XAtc "SELECT pg_current_wal_insert_lsn() - '0/0'" """
+    copy = [*PGMANAGER, "wrap", "-s", "inner", "--prefix", "own", "--template", "template1"]
+    lease = [*PGMANAGER, "exec", "-s", "inner", "true"]
+    script = f"{wal}; {shlex.join([*copy, '--count', '1', '--', *lease])}; {wal}"
+    options = ("--server-options", f"-c fsync={fsync} -c wal_level=replica")
+    done = run(*workplace(*options, "--", "sh", "-ec", script))
+    before, after = map(int, done.stdout.split())
+    version = subprocess.check_output([f"{pgmanager.find_programs()}/postgres", "--version"])
+    is_by_files = fsync == "off" or int(re.findall(rb"\d+", version)[0]) < 15
+    assert (after - before < 1_000_000) == is_by_files
+
+
+@needs_postgres
+def test_a_test_that_ends_all_sessions_of_the_server_breaks_no_database(
+    workplace: Words, path: str
+) -> None:
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    words = workplace("--init", "true", "--", *SHOW_URL)
+    with started(*words, stdin=subprocess.PIPE) as process:
+        url = next_line(process)
+        for _ in range(2):
+            wait_for_free(path)
+            with connect(path) as client, psycopg.connect(url) as connection:
+                name_of(client)
+                connection.execute(f"{end} AND backend_type = 'client backend'")
+        wait_for_free(path)
+        _, errors = process.communicate("\n", timeout=DEADLINE)
+        assert re.findall("pgmanager: ([a-z]+)", errors) == ["warning", "template"], errors
+
+
 ROLES = "CREATE ROLE app LOGIN; CREATE ROLE own LOGIN PASSWORD 'own'; CREATE ROLE nologin;"
 # It writes a line: what the variables say, and where psql gets by them and by the URL.
 SEE_TCP = """
@@ -4986,6 +5022,7 @@ BLOCKS = BLOCK.findall(README)
 COMMANDS = [text for kind, name, text in BLOCKS if (kind, name) == ("sh", "")]
 MISSING = (
     r"No module named '(?!pgmanager)\w+'|cannot run: '(node|cargo|go)'|rustup could not choose"
+    r"|npm: not found|npm error network"
 )
 # What a user of Django, of cargo and of go has already.
 PROJECT = {
@@ -5078,6 +5115,31 @@ def test_the_command_of_readme_for_leftovers_drops_only_what_pgmanager_made(reci
     left = run_block(recipes, show).split()
     expected = "app_test_9 app_test_template_mine app_tests_0 app_tests_template_[0-9a-f]{8} other"
     assert re.fullmatch(expected, " ".join(left))
+
+
+WITHOUT_VARIABLES = "env -u PGHOST -u PGPORT -u PGUSER -u PGPASSWORD -u PGDATABASE"
+PG8000 = """import os, sqlalchemy
+with sqlalchemy.create_engine(os.environ["DATABASE_URL"]).connect() as connection:
+    print(connection.scalar(sqlalchemy.text("select current_database()")))"""
+POSTGRES_JS = """const sql = require("postgres")(process.env.DATABASE_URL);
+sql`select current_database() as n`.then(([row]) => { console.log(row.n); sql.end(); });"""
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("before", "command"),
+    [
+        ("export DATABASE_URL=postgresql+pg8000://", f"python -c '{PG8000}'"),
+        ("npm install --prefix . --no-audit --no-fund postgres", f"node -e '{POSTGRES_JS}'"),
+    ],
+    ids=["pg8000", "postgres.js"],
+)
+def test_drivers_whose_urls_cannot_name_a_socket_connect_with_tcp(
+    before: str, command: str, recipes: Path
+) -> None:
+    wrap = "pgmanager wrap --ephemeral --tcp --count 1 -- pgmanager exec --"
+    output = run_block(recipes, f"{before}\n{wrap} {WITHOUT_VARIABLES} {command}")
+    assert output.splitlines()[-1] == "test_0"
 
 
 def test_all_blocks_of_readme_that_are_not_run_are_listed() -> None:
