@@ -2752,10 +2752,10 @@ SETTINGS = (
     "dynamic_shared_memory_type=mmap",  # in the folder, and removed with it
     *("timezone=UTC", "log_timezone=UTC"),  # initdb would take the zone of the first caller
 )
-# After the user's own options: the log must say in English when the server is ready.
+# After the user's own options: the log must say when the server is ready.
 LOGGING = (
-    *("logging_collector=off", "log_destination=stderr", "log_min_messages=warning"),
-    "lc_messages=C",
+    *("logging_collector=off", "log_destination=stderr"),
+    *("log_min_messages=warning", "lc_messages=C"),
 )
 
 MAX_EMPTY, MAX_PACKED = 3, 8  # packed data of a user: empty clusters, and those with a template

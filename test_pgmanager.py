@@ -2013,6 +2013,8 @@ def test_wrap_makes_a_template_again_only_if_its_init_or_files_have_changed(
     ("options", "reason"),
     [
         (["--init", "no.sql"], "no such file: no.sql"),
+        (["--init", "true", "--init", "no/"], "no such file: no/"),
+        (["--init", "hidden"], "no *.sql in the folder: hidden"),
         (["--init", "true", "--depends", "no/**/*.sql"], "no file matches: 'no/**/*.sql'"),
         (["--init", "true", "--depends", "hidden"], "no file matches: 'hidden'"),
         (["--init", "true", "--prefix", "p" * 50], "63 allowed; choose a shorter prefix"),
@@ -2020,8 +2022,6 @@ def test_wrap_makes_a_template_again_only_if_its_init_or_files_have_changed(
         (["--depends", "hidden"], "--depends without --init"),
         (["--rebuild", "--template", "t"], "--rebuild without --init"),
         (["--template", "tp_0"], "the template is a database of the pool: tp_0"),
-        (["--init", "hidden"], "no *.sql in the folder: hidden"),
-        (["--init", "true", "--init", "no/"], "no such file: no/"),
     ],
 )
 def test_serve_and_wrap_refuse_bad_template_options_before_they_connect_to_a_server(
@@ -2032,64 +2032,6 @@ def test_serve_and_wrap_refuse_bad_template_options_before_they_connect_to_a_ser
     monkeypatch.setenv("PGHOST", "/nowhere")
     name, *words = command
     assert is_refused(run(name, "--prefix", "tp_", *options, *words, cwd=folder), reason)
-
-
-@needs_postgres
-def test_init_may_be_repeated_and_a_folder_means_its_sql_files_in_the_order_of_their_names(
-    cluster: Cluster, folder: Path
-) -> None:
-    make = "CREATE TABLE IF NOT EXISTS public.made();"
-    files = {
-        "parts/10.sql": f"{make} ALTER TABLE made ADD ten int; SET search_path = ''; BEGIN;",
-        "parts/2.sql": "ALTER TABLE made ADD two int;",  # each file has a session of its own
-        "parts/notes.txt": "no SQL",
-        "x.sql": f"{make} ALTER TABLE made ADD x int;",
-    }
-    (folder / "parts").mkdir()
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    columns = "SELECT string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute"
-    columns += " WHERE attrelid = 'made'::regclass AND attnum > 0"
-    command = "psql -qXc 'ALTER TABLE made ADD by_command int'"
-    for change, inits, verb, expected in (
-        ("", ["parts"], "made", "ten two"),
-        ("", ["parts", "x.sql"], "made", "ten two x"),
-        ("", ["x.sql", "parts"], "made", "x ten two"),
-        ("", ["parts/", "./x.sql"], "found", "ten two x"),
-        ("echo >> parts/notes.txt", ["parts", "x.sql"], "found", "ten two x"),
-        ("echo >> parts/2.sql", ["parts", "x.sql"], "made", "ten two x"),
-        ("cp x.sql parts/3.sql", ["parts"], "made", "ten two x"),
-        ("mv parts/3.sql parts/1.sql", ["parts"], "made", "x ten two"),
-        ("", ["parts", command], "made", "x ten two by_command"),
-        ("", ["parts", command], "found", "x ten two by_command"),
-    ):
-        subprocess.run(["sh", "-ec", change], check=True)
-        options = [word for init in inits for word in ("--init", init)]
-        options += ["--depends", "source"] if command in inits else []
-        done = run("wrap", *options, "--", *query_lease(columns))
-        assert done.stdout == f"{expected}\n", (change, inits, done.stderr)
-        assert get_template(done.stderr)[0] == verb, (change, inits)
-
-
-@needs_postgres
-@pytest.mark.parametrize(
-    ("init", "shown"),
-    [
-        ("SELECT set_config('work_mem', '1MB', false); SELECT count(*) FROM made;", ""),
-        ("COPY made TO stdout;", ""),
-        ("DO $$ BEGIN RAISE WARNING 'look'; END $$;", "psql:x.sql:1: WARNING:  look\n"),
-        ("psql -XAtc 'SELECT 42'", "42\n"),
-    ],
-)
-def test_rows_that_an_init_file_selects_are_not_shown_but_warnings_and_output_of_commands_are(
-    init: str, shown: str, cluster: Cluster, folder: Path
-) -> None:
-    (folder / "made.sql").write_text("CREATE TABLE made AS SELECT 42;")
-    (folder / "x.sql").write_text(init)
-    step = init if init.startswith("psql") else "x.sql"
-    done = run("wrap", "--init", "made.sql", "--init", step, "--", *query_lease(TABLES))
-    assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
-    assert re.fullmatch(rf"{re.escape(shown)}pgmanager: template .* was made in .*\n", done.stderr)
 
 
 LEAVING = ["\\c x", "\ufeff\\c x", " \\connect x", "CREATE DATABASE x;"]
@@ -2307,6 +2249,64 @@ def test_rebuild_makes_a_template_again_unless_a_server_uses_it(cluster: Cluster
         done = run("wrap", "--rebuild", *KEPT, CREATE, "--", "echo", "ran")
         assert is_refused(done, f"cannot rebuild a template in use: {cluster.prefix}{name}")
     assert cluster.sql(query) == after
+
+
+@needs_postgres
+def test_init_may_be_repeated_and_a_folder_means_its_sql_files_in_the_order_of_their_names(
+    cluster: Cluster, folder: Path
+) -> None:
+    make = "CREATE TABLE IF NOT EXISTS public.made();"
+    files = {
+        "parts/10.sql": f"{make} ALTER TABLE made ADD ten int; SET search_path = ''; BEGIN;",
+        "parts/2.sql": "ALTER TABLE made ADD two int;",  # each file has a session of its own
+        "parts/notes.txt": "no SQL",
+        "x.sql": f"{make} ALTER TABLE made ADD x int;",
+    }
+    (folder / "parts").mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    columns = "SELECT string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute"
+    columns += " WHERE attrelid = 'made'::regclass AND attnum > 0"
+    command = "psql -qXc 'ALTER TABLE made ADD by_command int'"
+    for change, inits, verb, expected in (
+        ("", ["parts"], "made", "ten two"),
+        ("", ["parts", "x.sql"], "made", "ten two x"),
+        ("", ["x.sql", "parts"], "made", "x ten two"),
+        ("", ["parts/", "./x.sql"], "found", "ten two x"),
+        ("echo >> parts/notes.txt", ["parts", "x.sql"], "found", "ten two x"),
+        ("echo >> parts/2.sql", ["parts", "x.sql"], "made", "ten two x"),
+        ("cp x.sql parts/3.sql", ["parts"], "made", "ten two x"),
+        ("mv parts/3.sql parts/1.sql", ["parts"], "made", "x ten two"),
+        ("", ["parts", command], "made", "x ten two by_command"),
+        ("", ["parts", command], "found", "x ten two by_command"),
+    ):
+        subprocess.run(["sh", "-ec", change], check=True)
+        options = [word for init in inits for word in ("--init", init)]
+        options += ["--depends", "source"] if command in inits else []
+        done = run("wrap", *options, "--", *query_lease(columns))
+        assert done.stdout == f"{expected}\n", (change, inits, done.stderr)
+        assert get_template(done.stderr)[0] == verb, (change, inits)
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("init", "shown"),
+    [
+        ("SELECT set_config('work_mem', '1MB', false); SELECT count(*) FROM made;", ""),
+        ("COPY made TO stdout;", ""),
+        ("DO $$ BEGIN RAISE WARNING 'look'; END $$;", "psql:x.sql:1: WARNING:  look\n"),
+        ("psql -XAtc 'SELECT 42'", "42\n"),
+    ],
+)
+def test_rows_that_an_init_file_selects_are_not_shown_but_warnings_and_output_of_commands_are(
+    init: str, shown: str, cluster: Cluster, folder: Path
+) -> None:
+    (folder / "made.sql").write_text("CREATE TABLE made AS SELECT 42;")
+    (folder / "x.sql").write_text(init)
+    step = init if init.startswith("psql") else "x.sql"
+    done = run("wrap", "--init", "made.sql", "--init", step, "--", *query_lease(TABLES))
+    assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
+    assert re.fullmatch(rf"{re.escape(shown)}pgmanager: template .* was made in .*\n", done.stderr)
 
 
 @needs_postgres
