@@ -1381,6 +1381,17 @@ class Lease(str):
             text = f"the pgmanager server ended while {self} was leased: others may have used it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
+    def keep(self) -> str:
+        """Rename the database, so that nobody else gets it; return its new name.
+
+        The lease goes on without a database, and the next holder gets a fresh copy. Other
+        connections to the database are ended. Blocks. Raises PostgresError, or UsageError if
+        pgmanager did not make the database, or if the lease has ended.
+        """
+        if "_descriptors" not in vars(self):
+            raise UsageError(f"cannot keep {self}: the lease has ended", "keep it before that")
+        return keep_database(self)
+
     def __enter__(self) -> Lease:
         return self
 
@@ -2018,9 +2029,12 @@ SELECT CASE WHEN current_setting('lc_messages') ~ '^(C|POSIX|en)' THEN 'default'
 \\set VERBOSITY :verbosity
 """
 
+# A message and a hint follow, and where they apply.
+RAISE = "SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',"
+
 # Its rows say what DROP DATABASE ... WITH (FORCE) would stop at.
 CHECK_SCRIPT = f"""
-SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',
+{RAISE}
     format('database "%s" was not made by pgmanager', datname),
     'pgmanager drops only what it made; if the last holder has made it again, drop it; '
     'else choose another prefix'))
@@ -2042,15 +2056,23 @@ WHERE datname = current_database() \\gexec
 """
 
 # DROP DATABASE sleeps for 0.1 s if a session is still there, even one that is just ending, and it
-# refuses to end those that use a replication slot. So a superuser ends all sessions first.
-DROP_SCRIPT = """
-SELECT format('ALTER DATABASE %I IS_TEMPLATE false', datname)
-FROM pg_database WHERE datname = :'name' AND datistemplate \\gexec
+# refuses to end those that use a replication slot. So we first end all sessions that we may end.
+END_SESSIONS_SCRIPT = """
 SELECT format('DO %L', format('BEGIN FOR n IN 1..500 LOOP
-    PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %L;
+    PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %L
+        AND (pg_has_role(usesysid, ''USAGE'') OR current_setting(''is_superuser'')::bool);
     EXIT WHEN NOT FOUND;
     PERFORM pg_stat_clear_snapshot(), pg_sleep(0.002);
-END LOOP; END', :'name')) WHERE current_setting('is_superuser') = 'on' \\gexec
+END LOOP; END', :'name')) \\gexec
+"""
+
+DROP_SCRIPT = f"""
+SELECT format('ALTER DATABASE %I IS_TEMPLATE false', datname)
+FROM pg_database WHERE datname = :'name' AND datistemplate \\gexec
+{END_SESSIONS_SCRIPT}{RAISE}
+    format('database "%s" is used by an active replication slot', database),
+    'end what uses it, or drop the slot: ' || string_agg(slot_name, ', ')))
+FROM pg_replication_slots WHERE database = :'name' AND active GROUP BY database \\gexec
 DROP DATABASE IF EXISTS :"name" WITH (FORCE);
 """
 
@@ -2061,7 +2083,12 @@ SELECT CASE WHEN current_setting('fsync') = 'off'
     AS strategy \\gset
 """
 
-CREATE_SCRIPT = f"""{DROP_SCRIPT}{STRATEGY_SCRIPT}
+CREATE_SCRIPT = f"""
+{RAISE}
+    format('template "%s" does not exist', :'template'),
+    'create it again; start pgmanager again if --init made it'))
+WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = :'template') \\gexec
+{DROP_SCRIPT}{STRATEGY_SCRIPT}
 CREATE DATABASE :"name" TEMPLATE :"template" :strategy CONNECTION LIMIT {MARK_LIMIT};
 COMMENT ON DATABASE :"name" IS '{MARK_COMMENT}, which drops it without asking';
 """
@@ -2097,6 +2124,13 @@ FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
     unnest(setconfig) AS item, split_part(item, '=', 1) AS setting,
     substr(item, length(setting) + 2) AS value
 WHERE datname = :'template' \\gexec
+"""
+
+# First the name: a database without our mark, but with a name of the pool, would be in the way.
+KEEP_SCRIPT = f"""{END_SESSIONS_SCRIPT}
+ALTER DATABASE :"name" RENAME TO :"kept";
+ALTER DATABASE :"kept" CONNECTION LIMIT -1;
+COMMENT ON DATABASE :"kept" IS NULL;
 """
 
 # From here on nobody can connect to the template, so a copy never fails because it is in use.
@@ -2424,6 +2458,19 @@ class Postgres:
         lines = [f"CREATE DATABASE {quote_identifier(name)} :strategy;" for name in names]
         with self.session() as session:
             session.run("\n".join((STRATEGY_SCRIPT, *lines)))
+
+
+def keep_database(name: str) -> str:
+    """Rename a database of ours, and take our marks away; return its new name. Blocks."""
+    ending = f"_kept_{os.urandom(4).hex()}"
+    kept = os.fsencode(name)[: MAX_NAME_BYTES - len(ending)].decode(errors="ignore") + ending
+    script = f"SELECT 1 FROM pg_database WHERE datname = :'name' AND {HAS_OUR_MARK};"
+    with contextlib.closing(Session(os.environ)) as session:
+        if not session.run(script, name=name):
+            problem = f"cannot keep a database that pgmanager did not make: {name}"
+            raise UsageError(problem, "serve fresh copies, with --init or --template")
+        session.run(KEEP_SCRIPT, name=name, kept=kept)
+    return kept
 
 
 # Between hosts, containers and users. The processes that see the same folder of lock files are a
@@ -2890,7 +2937,8 @@ class Templates:
         try:
             os.set_inheritable(lock, True)  # init keeps the lock if we are killed
             for text, files in source.steps:
-                self._run_init(text, files, name)
+                for file in files or [""]:
+                    self._run_init(text, file, name)
             if source.is_kept and source.compute_hash() != source.hash:
                 problem = "a file of --init or --depends was changed while the template was made"
                 raise PostgresError(problem, "start again; leave out what --init itself changes")
@@ -2903,21 +2951,20 @@ class Templates:
             raise
         say(f"template {name} was made in {format_seconds(time.monotonic() - started)}")
 
-    def _run_init(self, text: str, files: Sequence[str], name: str) -> None:
-        """Run one step of --init: SQL files, or a command for the shell. Its output is shown."""
+    def _run_init(self, text: str, file: str, name: str) -> None:
+        """Run one step of --init: an SQL file, or a command for the shell. Its output is shown."""
         import subprocess
 
         command: Any = text
-        if files:  # results of queries are not shown
-            command = [find_psql(), "-Xq", "-o/dev/null", "-vON_ERROR_STOP=1"]
-            command += [f"-f{file}" for file in files]
+        if file:  # results of queries are not shown
+            command = [find_psql(), "-Xq", "-o/dev/null", "-vON_ERROR_STOP=1", f"-f{file}"]
         output = subprocess.DEVNULL if sys.stderr is None else 2
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
         env = env_for(name, self._postgres.env)
-        status = run_command(command, self._signals, shell=not files, env=env, **options)
+        status = run_command(command, self._signals, shell=not file, env=env, **options)
         self._signals.check()
         if status:
-            problem = f"--init failed: {text}: exit status {get_shell_status(status)}"
+            problem = f"--init failed: {file or text}: exit status {get_shell_status(status)}"
             raise PostgresError(problem, "see its output above")
 
     def _drop_old(self, others: Iterable[str]) -> None:
@@ -2945,7 +2992,7 @@ class Templates:
 
     def _end_use(self, name: str, lock: int) -> None:
         """End our use of a template; drop it if it is not to be kept."""
-        close_lock(lock)
+        unlock(lock)  # a psql that is just starting may have a copy
         if name.startswith(f"{self._prefix}template_once_"):
             self._drop_unused(name)
 
@@ -3135,6 +3182,8 @@ class ThrowAwayServer:
             return "", ""
         postgres = os.path.realpath(f"{self._programs}/postgres")
         made_by = f"{postgres} {os.stat(postgres).st_mtime_ns} {self._options.locale}"
+        with contextlib.suppress(ValueError):  # its new versions may sort text in another order
+            made_by += f" {os.confstr('CS_GNU_LIBC_VERSION')}"
         empty = f"{place}/cluster-{zlib.crc32(os.fsencode(made_by)):08x}.tar"
         packed = empty.replace(".tar", f"-{key}.tar") if key else ""
         with contextlib.suppress(FileNotFoundError):  # another run removes them too
@@ -3254,6 +3303,8 @@ def remove_old_files(pattern: str, used: str, count: int, size: int = sys.maxsiz
     import glob
 
     files = [(os.stat(file), file) for file in glob.glob(pattern) if file != used]
+    if os.path.exists(used):
+        size -= os.stat(used).st_size
     for status, file in sorted(files, key=lambda item: item[0].st_mtime, reverse=True):
         count, size = count - 1, size - status.st_size
         if count < 1 or size < 0:  # the one in use has a place too

@@ -2085,9 +2085,21 @@ class Cluster:
 
     def drop(self, name: str) -> None:
         identifier = pgmanager.quote_identifier(self.prefix + name)
+        self.detach(self.prefix + name)
         if "template_" in name:
             self.sql(f"ALTER DATABASE {identifier} IS_TEMPLATE false")
         self.sql(f"DROP DATABASE IF EXISTS {identifier} (FORCE)")
+
+    def detach(self, database: str) -> None:
+        """Remove what a test may have left that DROP DATABASE stops at."""
+        where = f"WHERE datname = '{database}'"
+        for (gid,) in self.sql(f"SELECT gid FROM pg_prepared_xacts WHERE database = '{database}'"):
+            self.sql(f"ROLLBACK PREPARED '{gid}'", database=database)
+        query = "SELECT subname FROM pg_subscription JOIN pg_database d ON d.oid = subdbid"
+        for (subscription,) in self.sql(f"{query} {where}"):
+            alter = f"ALTER SUBSCRIPTION {subscription}"
+            ends = [f"{alter} DISABLE", f"{alter} SET (slot_name = NONE)"]
+            self.sql(*ends, f"DROP SUBSCRIPTION {subscription}", database=database)
 
     def names(self) -> set[str]:
         """Return the names of the test's databases, without the prefix."""
@@ -2116,7 +2128,9 @@ class Cluster:
 def hosts() -> Iterator[list[str]]:
     """Run two PostgreSQL servers for all tests; provide their folders."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PGM")}
-    words = ("wrap", "--ephemeral", "--count", "1", "sh", "-c", 'echo "$PGHOST"; read x')
+    options = "-c wal_level=logical -c max_wal_senders=4 -c max_prepared_transactions=4"
+    words = ["wrap", "--ephemeral", "--count", "1", "--server-options", options]
+    words += ["sh", "-c", 'echo "$PGHOST"; read x']
     with contextlib.ExitStack() as stack:
         pipe = subprocess.PIPE
         wraps = [stack.enter_context(started(*words, stdin=pipe, env=env)) for _ in range(2)]
@@ -2167,6 +2181,12 @@ def running_wrap(*words: str) -> Iterator[Process]:
         process.communicate("\n", timeout=DEADLINE)
 
 
+def wait_for_reason(path: str) -> str:
+    """Wait until a server's only name is broken, and return the reason."""
+    wait_until(lambda: states(path) == ["broken"], "a name that is broken")
+    return str(observe(path)["databases"][0]["reason"])
+
+
 @needs_postgres
 def test_wrap_makes_a_template_again_only_if_its_init_or_files_have_changed(
     cluster: Cluster, folder: Path, monkeypatch: Patch
@@ -2209,6 +2229,8 @@ def test_wrap_makes_a_template_again_only_if_its_init_or_files_have_changed(
     ("options", "reason"),
     [
         (["--init", "no.sql"], "no such file: no.sql"),
+        (["--init", "true", "--init", "no/"], "no such file: no/"),
+        (["--init", "hidden"], "no *.sql in the folder: hidden"),
         (["--init", "true", "--depends", "no/**/*.sql"], "no file matches: 'no/**/*.sql'"),
         (["--init", "true", "--depends", "hidden"], "no file matches: 'hidden'"),
         (["--init", "true", "--prefix", "p" * 50], "63 allowed; choose a shorter prefix"),
@@ -2508,6 +2530,246 @@ def test_rebuild_makes_a_template_again_unless_a_server_uses_it(cluster: Cluster
         done = run("wrap", "--rebuild", *KEPT, CREATE, "--", "echo", "ran")
         assert is_refused(done, f"cannot rebuild a template in use: {cluster.prefix}{name}")
     assert cluster.sql(query) == after
+
+
+@needs_postgres
+def test_init_may_be_repeated_and_a_folder_means_its_sql_files_in_the_order_of_their_names(
+    cluster: Cluster, folder: Path
+) -> None:
+    make = "CREATE TABLE IF NOT EXISTS public.made();"
+    files = {
+        "parts/10.sql": f"{make} ALTER TABLE made ADD ten int; SET search_path = ''; BEGIN;",
+        "parts/2.sql": "ALTER TABLE made ADD two int;",  # each file has a session of its own
+        "parts/notes.txt": "no SQL",
+        "x.sql": f"{make} ALTER TABLE made ADD x int;",
+    }
+    (folder / "parts").mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    columns = "SELECT string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute"
+    columns += " WHERE attrelid = 'made'::regclass AND attnum > 0"
+    command = "psql -qXc 'ALTER TABLE made ADD by_command int'"
+    for change, inits, verb, expected in (
+        ("", ["parts"], "made", "ten two"),
+        ("", ["parts", "x.sql"], "made", "ten two x"),
+        ("", ["x.sql", "parts"], "made", "x ten two"),
+        ("", ["parts/", "./x.sql"], "found", "ten two x"),
+        ("echo >> parts/notes.txt", ["parts", "x.sql"], "found", "ten two x"),
+        ("echo >> parts/2.sql", ["parts", "x.sql"], "made", "ten two x"),
+        ("cp x.sql parts/3.sql", ["parts"], "made", "ten two x"),
+        ("mv parts/3.sql parts/1.sql", ["parts"], "made", "x ten two"),
+        ("", ["parts", command], "made", "x ten two by_command"),
+        ("", ["parts", command], "found", "x ten two by_command"),
+    ):
+        subprocess.run(["sh", "-ec", change], check=True)
+        options = [word for init in inits for word in ("--init", init)]
+        options += ["--depends", "source"] if command in inits else []
+        done = run("wrap", *options, "--", *query_lease(columns))
+        assert done.stdout == f"{expected}\n", (change, inits, done.stderr)
+        assert get_template(done.stderr)[0] == verb, (change, inits)
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("init", "shown"),
+    [
+        ("SELECT set_config('work_mem', '1MB', false); SELECT count(*) FROM made;", ""),
+        ("COPY made TO stdout;", ""),
+        ("DO $$ BEGIN RAISE WARNING 'look'; END $$;", "psql:x.sql:1: WARNING:  look\n"),
+        ("psql -XAtc 'SELECT 42'", "42\n"),
+    ],
+)
+def test_rows_that_an_init_file_selects_are_not_shown_but_warnings_and_output_of_commands_are(
+    init: str, shown: str, cluster: Cluster, folder: Path
+) -> None:
+    (folder / "made.sql").write_text("CREATE TABLE made AS SELECT 42;")
+    (folder / "x.sql").write_text(init)
+    step = init if init.startswith("psql") else "x.sql"
+    done = run("wrap", "--init", "made.sql", "--init", step, "--", *query_lease(TABLES))
+    assert (done.returncode, done.stdout) == (0, "made\n"), done.stderr
+    assert re.fullmatch(rf"{re.escape(shown)}pgmanager: template .* was made in .*\n", done.stderr)
+
+
+@needs_postgres
+def test_a_template_whose_rules_for_sorting_text_have_changed_is_made_again(
+    cluster: Cluster,
+) -> None:
+    if not cluster.sql("SELECT 1 FROM pg_attribute WHERE attname = 'datcollversion'"):
+        pytest.skip("PostgreSQL notes them from 15 on")
+    _, name = run_with_template(*KEPT, CREATE)
+    where = f"WHERE datname = '{cluster.prefix}{name}'"
+    cluster.sql(f"UPDATE pg_database SET datcollversion = 'older' {where}")
+    assert run_with_template(*KEPT, CREATE) == ("made", name)
+    assert run_with_template(*KEPT, CREATE) == ("found", name)
+
+
+@needs_postgres
+def test_the_next_start_makes_a_template_that_somebody_dropped_and_running_servers_use_it(
+    cluster: Cluster,
+) -> None:
+    with running_wrap(*KEPT, CREATE):
+        (name,) = cluster.templates()
+        with connect("running") as client:
+            assert name_of(client) == f"{cluster.prefix}0"
+            cluster.drop(name)
+        advice = "create it again; start pgmanager again if --init made it"
+        error = f'ERROR:  template "{cluster.prefix}{name}" does not exist; HINT:  {advice}'
+        assert wait_for_reason("running") == f"cannot prepare {cluster.prefix}0: {error}"
+        assert run_with_template(*KEPT, CREATE) == ("made", name)
+        wait_for_free("running")
+
+
+def leave_in(kind: str, cluster: Cluster, database: str, user: str) -> Any:
+    """Leave something in a database that DROP DATABASE stops at; return what keeps it in use."""
+    name = cluster.prefix[:9]  # of one word, and used by no other test
+    queries = {
+        "transaction": ["BEGIN", "SELECT txid_current()", f"PREPARE TRANSACTION '{name}'"],
+        "subscription": [
+            f"CREATE SUBSCRIPTION {name} CONNECTION 'port=1' PUBLICATION x WITH (connect = false)",
+            f"ALTER SUBSCRIPTION {name} ENABLE",
+        ],
+        "slot": [f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')"],
+    }
+    cluster.sql(*queries[kind], database=database, user=user)
+    place: dict[str, Any] = {"host": cluster.host, "user": user, "dbname": database}
+    connection = psycopg.connect(**place, replication="database", autocommit=True)
+    if kind == "slot":
+        options = "proto_version '1', publication_names 'x'"
+        start = f"START_REPLICATION SLOT {name} LOGICAL 0/0 ({options})"
+        assert connection.pgconn.exec_(start.encode()).status == psycopg.pq.ExecStatus.COPY_BOTH
+    return connection
+
+
+SLOT = (
+    "is used by an active replication slot; HINT:  end what uses it, or drop the slot: p[0-9a-f]+$"
+)
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("kind", "server", "holder", "reason"),
+    [
+        *((kind, "postgres", "postgres", "") for kind in ("transaction", "subscription", "slot")),
+        ("transaction", "role", "role", ""),
+        ("transaction", "role", "postgres", "; end the prepared transactions and subscriptions of"),
+        ("subscription", "role", "postgres", "; end the prepared transactions and subscripti"),
+        ("slot", "role", "role", ""),
+        ("slot", "role", "postgres", SLOT),
+    ],
+)
+def test_what_drop_database_stops_at_is_removed_or_the_reason_says_how(
+    kind: str,
+    server: str,
+    holder: str,
+    reason: str,
+    cluster: Cluster,
+    role: str,
+    monkeypatch: Patch,
+) -> None:
+    cluster.sql(f"ALTER ROLE {pgmanager.quote_identifier(role)} REPLICATION")
+    users = {"postgres": "postgres", "role": role}
+    monkeypatch.setenv("PGUSER", users[server])
+    with running_wrap(*KEPT, CREATE):
+        with connect("running") as client:
+            name = name_of(client)
+            used = leave_in(kind, cluster, name, users[holder])
+        with contextlib.closing(used):
+            if reason:
+                assert re.search(reason, wait_for_reason("running"))
+                used.close()
+                cluster.detach(name)
+                wait_for_free("running")  # it is tried again
+            with connect("running") as client:
+                assert name_of(client) == name
+                assert cluster.sql(TABLES, database=name) == [("made",)]
+                assert cluster.sql("SELECT gid FROM pg_prepared_xacts") == []
+                assert cluster.sql("SELECT subname FROM pg_subscription") == []
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    "query",
+    [
+        "CREATE SUBSCRIPTION $x CONNECTION $$port=1$$ PUBLICATION x WITH (connect = false)",
+        "BEGIN' -c 'CREATE TABLE half()' -c 'PREPARE TRANSACTION $$$x$$",
+    ],
+)
+def test_no_subscription_and_no_prepared_transaction_of_init_stays_in_the_way(
+    query: str, cluster: Cluster
+) -> None:
+    init = f"{CREATE} -c '{query}'".replace("$x", cluster.prefix[:9])
+    _, name = run_with_template(*KEPT, init)
+    assert run_with_template(*KEPT, init) == ("found", name)
+    assert run_with_template("--rebuild", *KEPT, init) == ("made", name)
+
+
+@needs_postgres
+def test_a_database_that_its_holder_has_made_again_is_kept_and_the_reason_says_so(
+    cluster: Cluster,
+) -> None:
+    with running_wrap(*KEPT, CREATE):
+        with connect("running") as client:
+            name = name_of(client)
+            cluster.drop("0")
+            cluster.create("0", "CREATE TABLE precious()")
+        advice = "if the last holder has made it again, drop it; else choose another prefix"
+        assert wait_for_reason("running").endswith(advice)
+        assert cluster.sql(TABLES, database=name) == [("precious",)]
+        cluster.drop("0")
+        wait_for_free("running")
+        assert cluster.sql(TABLES, database=name) == [("made",)]
+
+
+@needs_postgres
+@pytest.mark.parametrize(("owner", "output"), [("role", "made\n"), ("postgres", "")])
+def test_an_invalid_database_with_a_name_of_the_pool_is_dropped_if_our_role_owns_it(
+    owner: str, output: str, cluster: Cluster, role: str
+) -> None:
+    """PostgreSQL leaves such a one if DROP DATABASE is interrupted."""
+    name = cluster.create("0", user=role if owner == "role" else owner)
+    cluster.sql(f"UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{name}'")
+    done = run("wrap", *KEPT, CREATE, "--", *query_lease(TABLES))
+    assert done.stdout == output
+    assert ("was not made by pgmanager" in done.stderr) == (not output)
+
+
+LIMITS = {
+    "statement_timeout": "100ms",
+    "lock_timeout": "50ms",
+    "idle_in_transaction_session_timeout": "50ms",
+    "idle_session_timeout": "50ms",
+    "transaction_timeout": "100ms",
+    "default_transaction_read_only": "on",
+}
+
+
+@needs_postgres
+@pytest.mark.parametrize("place", ["the role", "PGOPTIONS"])
+def test_no_limit_of_the_role_or_of_pgoptions_ends_our_own_sql(
+    place: str, cluster: Cluster, role: str, monkeypatch: Patch
+) -> None:
+    template = cluster.create("real", "CREATE TABLE made()", user=role)
+    known = {name for (name,) in cluster.sql("SELECT name FROM pg_settings")}
+    limits = {name: value for name, value in LIMITS.items() if name in known}
+    options = " ".join(f"-c {name}={value}" for name, value in limits.items())
+    if place == "the role":
+        options = ""
+        for name, value in limits.items():
+            alter = f"ALTER ROLE {pgmanager.quote_identifier(role)} SET {name} = '{value}'"
+            cluster.sql(alter)
+    waits = "SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted"
+    waits += " AND clock_timestamp() - query_start > '0.5 s'"
+    admin: dict[str, Any] = {"host": cluster.host, "user": "postgres", "dbname": "postgres"}
+    with contextlib.ExitStack() as stack:
+        with monkeypatch.context() as patch:
+            patch.setenv("PGOPTIONS", options)
+            stack.enter_context(running_wrap("--template", template))
+        with psycopg.connect(**admin) as other:
+            with connect("running") as client:
+                name = name_of(client)
+                other.execute("LOCK TABLE pg_database IN EXCLUSIVE MODE")  # DROP DATABASE waits
+            wait_until(lambda: cluster.sql(waits), "a session that waits for half a second")
+        assert name_of(stack.enter_context(connect("running"))) == name
 
 
 @needs_postgres
@@ -4365,6 +4627,39 @@ def test_server_options_win_over_the_variable_and_our_settings(workplace: Words)
     assert (done.returncode, done.stdout) == (0, "logical\na, b\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            "-c port=1",
+            "-cPort=1",
+            "--port=1",
+            "-p 1",
+            "-p1",
+            "-c listen_addresses=*",
+            "-h x",
+            "-i",
+        ),
+        *("--listen-addresses=*", "-c unix_socket_directories=/x", "-k /x", "-c hba_file=/x"),
+        *("-c data_directory=/x", "-D /x", "-c work_mem=1MB -c port=1"),
+    ],
+)
+def test_server_options_that_say_where_the_server_is_are_refused(options: str) -> None:
+    done = run("wrap", "--ephemeral", f"--server-options={options}", "--", "echo", "ran")
+    assert is_refused(done, "bad server options: ", "pgmanager chooses that")
+
+
+@needs_postgres
+def test_on_a_throw_away_server_a_database_that_a_holder_made_again_is_dropped(
+    workplace: Words,
+) -> None:
+    lease = shlex.join([*PGMANAGER, "exec", "--"])
+    again = """sh -c 'dropdb "$PGDATABASE"; createdb "$PGDATABASE"'"""
+    script = f'{lease} {again}; {lease} {again}; {lease} "$@"; {lease} "$@"'  # of two names
+    words = workplace("--init", CREATE, "--", "sh", "-ec", script, "sh", "psql", "-XAtc", TABLES)
+    assert run(*words).stdout == "made\nmade\n"
+
+
 @needs_postgres
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
@@ -4581,6 +4876,25 @@ def test_wrap_keeps_empty_clusters_apart_from_the_eight_templates_used_last(
 
 
 @needs_postgres
+def test_wrap_keeps_the_templates_that_fit_into_the_limit_together(
+    workplace: Words, folder: Path, own: list[str]
+) -> None:
+    def run_with(program: list[str], init: str) -> list[str]:
+        assert run_program(*program, *workplace("--init", init, "--", "true")).returncode == 0
+        return saved_clusters(folder)
+
+    run_with(own, "a.sql")
+    clusters = run_with(own, "b.sql")
+    size = sum(os.stat(file).st_size for file in clusters[:-1])
+    for limit, number in ((size, 3), (size - 1, 2)):
+        changes = {
+            "/tmp/pgmanager-": f"{folder}/kept-",
+            "BYTES = 1_000_000_000": f"BYTES = {limit}",
+        }
+        assert len(run_with(copy_module(folder, changes), "b.sql")) == number
+
+
+@needs_postgres
 @pytest.mark.parametrize("limit", ["MAX_KILOBYTES = 500_000", "MAX_PACKED_BYTES = 1_000_000_000"])
 def test_wrap_keeps_no_clusters_that_are_too_large(
     workplace: Words, folder: Path, own: list[str], limit: str
@@ -4640,6 +4954,62 @@ def test_a_full_disk_is_an_error_and_saved_clusters_stay(
         assert (done.stdout, done.returncode) == ("", 125)
         assert "No space left on device" in done.stderr
         assert {file: os.stat(file).st_size for file in saved_clusters(folder)} == sizes
+
+
+@needs_postgres
+def test_saved_clusters_have_the_time_zone_utc_whatever_the_zone_of_the_first_caller(
+    workplace: Words, own: list[str]
+) -> None:
+    show = "SELECT current_setting('timezone'), current_setting('log_timezone')"
+    words = [*own, *workplace("--init", "a.sql", "--", *own, "exec", "--", "psql", "-XAtc", show)]
+    for zone, verb in (("Asia/Tokyo", "made"), ("America/Lima", "found")):
+        done = run_program(*words, env={**os.environ, "TZ": zone})
+        assert (done.stdout, get_template(done.stderr)[0]) == ("UTC|UTC\n", verb), done.stderr
+
+
+@needs_postgres
+def test_the_locale_is_c_or_the_one_given_and_belongs_to_what_is_saved(
+    workplace: Words, folder: Path, own: list[str]
+) -> None:
+    query = "SELECT 'É' ILIKE 'é', datcollate FROM pg_database WHERE datname = current_database()"
+    lease = ["--init", "a.sql", "--", *own, "exec", "--", "psql", "-XAtc", query]
+    for options, variables, verb, expected in (
+        ([], {}, "made", "f|C"),
+        (["--locale", "C.UTF-8"], {}, "made", "t|C.UTF-8"),
+        ([], {"PGM_LOCALE": "C.UTF-8", "LC_ALL": "C"}, "found", "t|C.UTF-8"),
+        (["--locale", "C"], {"PGM_LOCALE": "C.UTF-8"}, "found", "f|C"),
+    ):
+        words = [*own, *workplace(*options, *lease)]
+        done = run_program(*words, env={**os.environ, **variables})
+        if "invalid locale name" in done.stderr:
+            pytest.skip("this system has no C.UTF-8")
+        assert done.stdout == f"{expected}\n", done.stderr
+        assert get_template(done.stderr)[0] == verb
+    done = run_program(*own, *workplace("--locale", "no_such", "--", "echo", "ran"))
+    assert (done.stdout, done.returncode, is_one_line(done.stderr)) == ("", 125, True)
+    assert 'invalid locale name "no_such"' in done.stderr
+    # A new libc may sort text in another order, so it gets clusters of its own.
+    changes = {"/tmp/pgmanager-": f"{folder}/kept-", "'CS_GNU_LIBC_VERSION'": "'CS_PATH'"}
+    other = copy_module(folder, changes)
+    assert get_template(run_program(*other, *workplace(*lease)).stderr)[0] == "made"
+
+
+@needs_postgres
+def test_a_cluster_whose_init_made_a_tablespace_is_not_saved(
+    workplace: Words, folder: Path, own: list[str]
+) -> None:
+    text = (
+        "SET allow_in_place_tablespaces = on; CREATE TABLESPACE t LOCATION ''; CREATE TABLE a ();"
+    )
+    (folder / "t.sql").write_text(text)
+    for _ in range(2):
+        done = run_program(*own, *workplace("--init", "t.sql", "--", "echo", "ran"))
+        if "unrecognized configuration parameter" in done.stderr:
+            pytest.skip("PostgreSQL has no tablespaces in its own folder before 15")
+        assert done.stdout == "ran\n", done.stderr
+        assert get_template(done.stderr)[0] == "made"
+        assert "the template is not kept, because --init made a tablespace" in done.stderr
+    assert len(saved_clusters(folder)) == 1  # the empty one
 
 
 @needs_postgres
