@@ -2594,7 +2594,10 @@ class Claim:
     def close(self) -> None:
         """Give the claim back. Other servers of our domain may still have it."""
         self._is_closed.set()
-        self._end_session()
+        while not self._lock.acquire(timeout=2):  # a check waits for a server that does not answer
+            if self._session is not None:
+                self._session.process.kill()
+        self._end_session()  # and we keep the lock: no check begins any more
 
     def _end_session(self) -> None:
         if self._session is not None:
@@ -2732,6 +2735,9 @@ class Preparer:
                     with contextlib.suppress(OSError):  # it has ended
                         os.killpg(process.pid, number)
                 self._lock.wait_for(lambda: not self._running, timeout=1)
+        # Until it has become psql, a new process has copies of all our locks. So wait for the
+        # threads that are about to start one.
+        all(self._processors.acquire(timeout=1) for _ in range(count_processors()))
 
 
 # --init makes a template once, and keeps it until something that it is made from changes.
