@@ -75,6 +75,9 @@ if TYPE_CHECKING:
     import subprocess
     from typing import Any
 
+    Process = subprocess.Popen[bytes]
+    WaitFor = Callable[[Any], object]  # blocks until a file can be read; may raise Interrupted
+
 __all__ = ["Lease", "acquire", "acquire_async", "env_for"]
 __all__ += ["AcquireTimeout", "Error", "LockError", "PoolBroken", "PostgresError"]
 __all__ += ["ServerError", "SocketError", "UsageError"]
@@ -683,7 +686,6 @@ class Database:
         self.reason: str | None = None  # BROKEN: the error. ELSEWHERE: the path of the lock file
         self.holder: Client | None = None  # LEASED: who has it
         self.lock = NO_LOCK  # LEASED: our copy of its lock; release() and close() close it
-        self.is_prepared = False  # since the last lease, so offer() does not ask for it again
         self.failures = 0  # failed preparations since the last success
 
 
@@ -694,7 +696,7 @@ class Pool:
     ``grant(client, name, lock)``; ``refuse(client, reason)``, with None as the reason when the pool
     closes; and ``enqueue(name)`` when something that blocks must be done for a name. A worker
     thread then locks the name and calls offer(). If that returns False, the worker prepares the
-    database, unlocks it, locks it again and calls offer() again.
+    database, unlocks the name, locks it again and calls offer() again.
 
     If ``prepares`` is true, each database is prepared before each lease. A database that was never
     prepared waits until it is needed. The pool begins the next one while fewer are ready or in
@@ -770,7 +772,7 @@ class Pool:
             self._set_state(self._databases[name], ELSEWHERE)
             self._serve_waiters()  # a waiter may need another name instead
 
-    def offer(self, name: str, lock: int, has_our_token: bool) -> bool:
+    def offer(self, name: str, lock: int, is_prepared: bool) -> bool:
         """Grant a name that a worker thread has locked, or make it free; then return True.
 
         The pool then owns the lock: it keeps it for the lease, or closes it. Return False if the
@@ -778,23 +780,19 @@ class Pool:
         """
         with self._lock:
             database = self._databases[name]
-            is_ready = (has_our_token and database.is_prepared) or not self._prepares
             if self._is_closed:
                 self._locks.close_lock(lock)
-            elif not is_ready:
+                return True
+            if self._prepares and not is_prepared:
                 self._set_state(database, PREPARING)
                 return False
-            elif self._waiters:
+            database.failures = 0
+            if self._waiters:
                 self._lease(database, lock)
             else:
                 self._locks.close_lock(lock)
                 self._make_free(database)
             return True
-
-    def mark_prepared(self, name: str) -> None:
-        """Note that a database was prepared. That is valid while its lock has our token."""
-        with self._lock:
-            self._databases[name].is_prepared, self._databases[name].failures = True, 0
 
     def mark_broken(self, name: str, reason: str) -> float:
         """Note that a database could not be prepared; return seconds to wait before a new try."""
@@ -842,8 +840,10 @@ class Pool:
             else:  # another server has used it: prepare it again
                 self._locks.close_lock(lock)
                 self._begin_preparing(database)
-        while self._unprepared and self._count_coming() < len(self._waiters) + self._spares:
+        coming = sum(each.state in (FREE, PREPARING) for each in self._databases.values())
+        while self._unprepared and coming < len(self._waiters) + self._spares:
             self._begin_preparing(self._unprepared.popleft())
+            coming += 1
         if self._is_closed or all(each.state == BROKEN for each in self._databases.values()):
             for client, since in self._waiters.items():
                 self._count_wait(since)
@@ -867,10 +867,6 @@ class Pool:
         self._set_state(database, FREE)
         self._free.append(database)
 
-    def _count_coming(self) -> int:
-        """Count the names that are free or being prepared."""
-        return sum(each.state in (FREE, PREPARING) for each in self._databases.values())
-
     def _lease(self, database: Database, lock: int) -> None:
         client, since = self._waiters.popitem(last=False)
         self._grant(client, database.name, lock)  # first, so that the client can start early
@@ -890,7 +886,7 @@ class Pool:
         """Change a name's state, and forget what was true only in the state before."""
         database.state, database.since = state, self._clock()
         database.reason = self._locks.path(database.name) if state == ELSEWHERE else None
-        database.holder, database.lock, database.is_prepared = None, NO_LOCK, False
+        database.holder, database.lock = None, NO_LOCK
 
 
 # ------------------------------------------------------------------------------------ Server
@@ -905,9 +901,7 @@ class Pool:
 #   close_request()     calls Pool.release(), which grants the name to the next waiter
 #
 # A name that cannot be granted at once goes through a queue to a worker thread: another process has
-# its lock, or its database must be prepared. The worker waits for the lock and calls Pool.offer().
-# If the database must be prepared, the worker prepares it and unlocks the name, so that a process
-# that the command has left behind loses the lock. Then it locks the name and offers it again.
+# its lock, or its database must be prepared. _make_available() does what blocks then.
 
 OBSERVER = "pgmanager-observer"  # the first part of the file name that an observer binds to
 MAX_IDLE_THREADS = 48  # threads that wait for a client; more of them end
@@ -956,8 +950,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
     """
 
     request_queue_size = socket.SOMAXCONN  # 5 by default: the sixth client would be turned away
-    daemon_threads = True
-    block_on_close = False
 
     def __init__(
         self,
@@ -1136,40 +1128,36 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _run_worker(self) -> None:
         while name := self._todo.get():
-            is_done = False
-            while not is_done and not self._ending.is_set():
-                is_done = self._make_available(name)
+            self._make_available(name)
 
-    def _make_available(self, name: str) -> bool:
-        """Lock a name and offer it to the pool; or else prepare its database. Blocks.
-
-        Return False if the name is to be locked and offered again, after a preparation or an error.
-        """
-        try:
+    def _make_available(self, name: str) -> None:
+        """Lock a name and offer it to the pool; prepare its database first, if need be. Blocks."""
+        is_prepared = False
+        while not self._ending.is_set():
             try:
-                lock, has_our_token = self._locks.take(name)
-            except BlockingIOError:
-                self.pool.mark_elsewhere(name)
-                lock, has_our_token = self._locks.take(name, wait=True)
-        except OSError as error:  # no descriptor, a full disk
-            if not self._ending.wait(1):
-                say_once(f"cannot lock {name} for now: {error}; it is tried again")
-            return False
-        if self.pool.offer(name, lock, has_our_token):
-            return True
-        assert self._prepare is not None
-        try:
-            reason = self._prepare(name, lock)
-        except Exception as error:  # if the thread ended, the name would stay as it is for ever
-            reason = f"cannot prepare {name}: {error!r}"
-        if reason is None:
-            self.pool.mark_prepared(name)
-        # Processes that the command left in the background share this descriptor. So unlock it for
-        # all of them. The next round opens the file again, and gets a descriptor of its own.
-        unlock(lock)
-        if reason is not None and not self._ending.is_set():
-            self._ending.wait(self.pool.mark_broken(name, reason))
-        return False
+                try:
+                    lock, has_our_token = self._locks.take(name)
+                except BlockingIOError:
+                    self.pool.mark_elsewhere(name)
+                    lock, has_our_token = self._locks.take(name, wait=True)
+            except OSError as error:  # no descriptor, a full disk
+                if not self._ending.wait(1):
+                    say_once(f"cannot lock {name} for now: {error}; it is tried again")
+                continue
+            # Without our token in its file, another server has used the database meanwhile.
+            if self.pool.offer(name, lock, is_prepared and has_our_token):
+                return
+            assert self._prepare is not None
+            try:
+                reason = self._prepare(name, lock)
+            except Exception as error:  # if the thread ended, the name would stay so for ever
+                reason = f"cannot prepare {name}: {error!r}"
+            is_prepared = reason is None
+            # Processes that the command left in the background share this descriptor. So unlock it
+            # for all of them. The next round opens the file again, for a descriptor of its own.
+            unlock(lock)
+            if reason is not None and not self._ending.is_set():
+                self._ending.wait(self.pool.mark_broken(name, reason))
 
     # For any thread.
 
@@ -1219,23 +1207,21 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
         with contextlib.suppress(SocketError, OSError), locked_socket_path(leftover):
             pass
     try:
-        with contextlib.ExitStack() as inner:
-            lock = inner.enter_context(locked_socket_path(path))
-            folder, made = os.path.dirname(path), []
-            while not os.path.lexists(folder):
-                made.append(folder)
-                folder = os.path.dirname(folder)
-            os.pwrite(lock, os.fsencode("\0".join((path, *made))), 0)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            listener = inner.enter_context(socket.socket(socket.AF_UNIX))
-            # On Linux the socket then has this mode from the first moment; macOS ignores it.
-            with contextlib.suppress(OSError):
-                os.fchmod(listener.fileno(), 0o600)
-            listener.bind(path)
-            os.chmod(path, 0o600)
-            listener.setblocking(False)  # a client may end before accept() returns it
-            stack.enter_context(inner.pop_all())
-            return listener
+        lock = stack.enter_context(locked_socket_path(path))
+        folder, made = os.path.dirname(path), []
+        while not os.path.lexists(folder):
+            made.append(folder)
+            folder = os.path.dirname(folder)
+        os.pwrite(lock, os.fsencode("\0".join((path, *made))), 0)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        # On Linux the socket then has this mode from the first moment; macOS ignores it.
+        with contextlib.suppress(OSError):
+            os.fchmod(listener.fileno(), 0o600)
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.setblocking(False)  # a client may end before accept() returns it
+        return listener
     except OSError as error:
         problem = f"cannot make the socket: {path}: {error.strerror}"
         raise SocketError(problem, "choose another path, such as -s /tmp/pgm.sock") from error
@@ -1933,9 +1919,7 @@ def run_command(command: Sequence[str] | str, signals: Signals, **options: Any) 
     return wait_for_command([start_command(command, signals, **options)], signals).returncode
 
 
-def start_command(
-    command: Sequence[str] | str, signals: Signals, **options: Any
-) -> subprocess.Popen[bytes]:
+def start_command(command: Sequence[str] | str, signals: Signals, **options: Any) -> Process:
     """Start a command with our standard streams, in our process group, on our terminal.
 
     It inherits what we inherited, such as the pipes of make's job server. What we open ourselves
@@ -1952,9 +1936,7 @@ def start_command(
     return process
 
 
-def wait_for_command(
-    processes: Iterable[subprocess.Popen[bytes]], signals: Signals
-) -> subprocess.Popen[bytes]:
+def wait_for_command(processes: Iterable[Process], signals: Signals) -> Process:
     """Return the first process that ends, and pass on the signals that come meanwhile.
 
     If one is stopped, and we are a job of a shell, we stop too. The shell continues both.
@@ -2015,13 +1997,11 @@ HAS_OUR_MARK = f"""(datconnlimit = {MARK_LIMIT}
 # Errors are found by their English words. Where we may not choose the language, psql shows the
 # SQLSTATE as well.
 BEGIN_SCRIPT = """
-SET statement_timeout = 0;
-SET lock_timeout = 0;
-SET client_encoding = UTF8;
-SET client_min_messages = warning;
-SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES ('transaction_timeout', '0'),
-    ('idle_session_timeout', '0'), ('idle_in_transaction_session_timeout', '0'),
-    ('default_transaction_read_only', 'off')) AS ours (name, value) USING (name) \\g /dev/null
+SELECT set_config(name, value, false) FROM (VALUES ('statement_timeout', '0'),
+    ('lock_timeout', '0'), ('transaction_timeout', '0'), ('idle_session_timeout', '0'),
+    ('idle_in_transaction_session_timeout', '0'), ('default_transaction_read_only', 'off'),
+    ('client_encoding', 'UTF8'), ('client_min_messages', 'warning')) AS ours (name, value)
+WHERE current_setting(name, true) IS NOT NULL \\g /dev/null
 \\set ON_ERROR_STOP off
 SET lc_messages = 'C';
 SELECT CASE WHEN current_setting('lc_messages') ~ '^(C|POSIX|en)' THEN 'default' ELSE 'verbose' END
@@ -2307,9 +2287,7 @@ class Session:
             problem = f"psql is missing, or cannot run: {error.strerror}"
             raise PostgresError(problem, f"{INSTALL_CLIENT}, or pgmanager[postgres]") from error
 
-    def run(
-        self, script: str, wait_for: Callable[[Any], object] = wait_readable, **values: str
-    ) -> list[list[str]]:
+    def run(self, script: str, wait_for: WaitFor = wait_readable, **values: str) -> list[list[str]]:
         """Run a script with values for psql's variables; return its rows. Blocks until it ends.
 
         ``wait_for`` blocks until a file can be read; it may raise Interrupted. Raises
@@ -2484,13 +2462,9 @@ def keep_database(name: str) -> str:
 # prefix, "" if it is ours now, and our role.
 CLAIM_SCRIPT = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
-SET LOCAL statement_timeout = 0;
-SET LOCAL lock_timeout = 0;
-SET LOCAL idle_in_transaction_session_timeout = 0;
-SELECT current_setting('server_version_num')::int >= 170000 AS has_transaction_timeout \\gset
-\\if :has_transaction_timeout
-    SET LOCAL transaction_timeout = 0;
-\\endif
+SELECT set_config(name, '0', true) FROM (VALUES ('statement_timeout'), ('lock_timeout'),
+    ('idle_in_transaction_session_timeout'), ('transaction_timeout')) AS ours (name)
+WHERE current_setting(name, true) IS NOT NULL \\g /dev/null
 SELECT pg_advisory_lock(:key, 0) \\g /dev/null
 SAVEPOINT look;
 SELECT string_agg(DISTINCT coalesce(nullif(application_name, ''), 'another program'), ', ')
@@ -2527,7 +2501,7 @@ class Claim:
         place = os.stat(postgres.locks_folder)
         self._domain = hash_to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
 
-    def choose_prefix(self, longest: str, wait_for: Callable[[Any], object]) -> str:
+    def choose_prefix(self, longest: str, wait_for: WaitFor) -> str:
         """Claim the prefix, or the next one that no other domain has; return it.
 
         Raises UsageError if the name with the longest ending would be too long, and PostgresError
@@ -2579,7 +2553,7 @@ class Claim:
             if re.fullmatch(pattern, file):
                 os.truncate(os.path.join(self._postgres.locks_folder, file), 0)
 
-    def _claim(self, prefix: str, wait_for: Callable[[Any], object] = wait_readable) -> str:
+    def _claim(self, prefix: str, wait_for: WaitFor = wait_readable) -> str:
         """Claim a prefix; return who else has it, or "" if it is ours now."""
         self._session = Session(self._postgres.env)
         others = "unknown"
@@ -2644,7 +2618,7 @@ class Preparer:
         self._processors = threading.Semaphore(count_processors())
         # Guards the two below. Once stop() has looked, nothing new is started.
         self._lock = threading.Condition()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: set[Process] = set()
         self._is_stopped = False
 
     def prepare(self, name: str, lock: int) -> str | None:
@@ -2709,7 +2683,7 @@ class Preparer:
                 raise PostgresError(f"{problem}\n{text[-2000:]}" if "\n" in text else problem)
 
     @contextlib.contextmanager
-    def _listed(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    def _listed(self, process: Process) -> Iterator[None]:
         """List a process as running, for stop()."""
         with self._lock:
             self._running.add(process)
@@ -3603,7 +3577,7 @@ def run_wrap_each(args: argparse.Namespace) -> int:
     env_for(names[0])  # raises before anything starts
     signals = Signals()
     todo = collections.deque(enumerate(names))
-    running: dict[subprocess.Popen[bytes], int] = {}
+    running: dict[Process, int] = {}
     failed: dict[int, int] = {}
     start_error: CommandError | None = None
     while todo or running:

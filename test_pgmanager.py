@@ -805,7 +805,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def run_worker(self, name: str) -> Iterator[None]:
         """Do what a worker thread does for a name; yield where it blocks."""
-        failures = 0
+        failures, is_prepared = 0, False
         while True:
             while self.is_short_of_descriptors:
                 yield
@@ -814,7 +814,8 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.mark_elsewhere(name)
             while not self.can_lock(name):
                 yield
-            if self.pool.offer(name, *self.take(name)):
+            lock, has_our_token = self.take(name)
+            if self.pool.offer(name, lock, is_prepared and has_our_token):
                 break
             assert self.prepares
             assert name not in self.holders.values(), "prepared under a holder"
@@ -822,9 +823,9 @@ class PoolMachine(RuleBasedStateMachine):
             self.fresh.discard(name)
             yield
             self.our_locks.remove(name)
-            if self.preparations_succeed:
+            is_prepared = self.preparations_succeed
+            if is_prepared:
                 self.fresh.add(name)
-                self.pool.mark_prepared(name)
                 failures = 0
                 yield  # another process may lock the name now
             else:
