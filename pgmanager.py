@@ -3345,7 +3345,7 @@ def set_up_databases(
         source = InitSource(options.values, options.depends, extra)
         template = source.get_template_name(prefix, role)
         check_name_length(template, "choose a shorter prefix: --init makes this template")
-        key = template[-8:] if source.is_kept else ""
+        key = make_file_name(template) if source.is_kept else ""
         if options.is_verbose:
             say(f"the template is made from {', '.join(source.files or options.values)}")
     elif kind == "template":

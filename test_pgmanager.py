@@ -2806,6 +2806,54 @@ def test_copies_have_the_settings_of_the_template_that_the_role_may_set(
 
 
 @needs_postgres
+@pytest.mark.parametrize("user", ["postgres", "role"])
+def test_keep_saves_a_database_with_its_content_and_the_next_holder_gets_a_fresh_copy(
+    user: str, cluster: Cluster, role: str, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("PGUSER", role if user == "role" else user)
+    with running_wrap(*KEPT, CREATE):
+        with pgmanager.acquire(DEADLINE, socket_path="running") as db:
+            other = psycopg.connect(dbname=str(db), autocommit=True)
+            other.execute("CREATE TABLE evidence()")
+            kept = db.keep()
+            assert re.fullmatch(re.escape(db) + "_kept_[0-9a-f]{8}", kept)
+            with pytest.raises(psycopg.OperationalError), other:  # the session was ended
+                other.execute("SELECT 1")
+            with pytest.raises(pgmanager.UsageError, match="that pgmanager did not make: p"):
+                db.keep()
+        with pytest.raises(pgmanager.UsageError, match="the lease has ended"):
+            db.keep()
+        with pgmanager.acquire(DEADLINE, socket_path="running") as again:
+            assert again == db
+            assert cluster.sql(TABLES, database=again) == [("made",)]
+    assert cluster.sql(TABLES, database=kept) == [("evidence",), ("made",)]
+    marks = "SELECT datconnlimit, shobj_description(oid, 'pg_database') FROM pg_database"
+    assert cluster.sql(f"{marks} WHERE datname = '{kept}'") == [(-1, None)]
+
+
+@needs_postgres
+def test_a_database_that_pgmanager_did_not_make_cannot_be_kept(cluster: Cluster) -> None:
+    cluster.create("0")
+    error = r"that pgmanager did not make: p.*0; serve fresh copies, with --init or --template"
+    refused = pytest.raises(pgmanager.UsageError, match=error)
+    with running_wrap(), pgmanager.acquire(DEADLINE, socket_path="running") as db, refused:
+        db.keep()
+    assert cluster.names() == {"0"}
+
+
+@needs_postgres
+def test_the_name_of_a_kept_database_has_at_most_63_bytes(cluster: Cluster) -> None:
+    template = cluster.create("real")
+    prefix = cluster.prefix + "é" * 25 + "x"
+    options = ("--template", template, "--prefix", prefix)
+    with running_wrap(*options), pgmanager.acquire(DEADLINE, socket_path="running") as db:
+        assert len(db.encode()) == 63
+        kept = db.keep()
+    assert kept.startswith(cluster.prefix + "é" * 19 + "_kept_")
+    assert kept[len(cluster.prefix) :] in cluster.names()
+
+
+@needs_postgres
 def test_wrap_tells_its_command_the_template_of_the_pool(
     cluster: Cluster, monkeypatch: Patch
 ) -> None:
@@ -4671,6 +4719,32 @@ def test_server_options_that_say_where_the_server_is_are_refused(options: str) -
 
 
 @needs_postgres
+def test_tests_of_row_security_run_as_the_role_that_command_sets(
+    workplace: Words, folder: Path, own: list[str]
+) -> None:
+    """Each prefix has a cluster of its own, because roles belong to the whole cluster."""
+    (folder / "roles.sql").write_text("CREATE ROLE app LOGIN;")
+    (folder / "schema.sql").write_text(
+        """CREATE TABLE made AS SELECT unnest('{app,other}'::text[]) AS owner;
+        ALTER TABLE made ENABLE ROW LEVEL SECURITY; GRANT SELECT ON made TO app;
+        CREATE POLICY own ON made USING (owner = current_user);"""
+    )
+    query = "-XAtc 'SELECT current_user, count(*) FROM made'"
+    clients = f'psql {query} && psql "$DATABASE_URL" {query}'
+    lease = [*own, "exec", "--", "sh", "-c", clients]
+    options = ("--init", "roles.sql", "--init", "schema.sql", "--")
+    for prefix, verb, env, expected in (
+        ("db", "made", [], "postgres|2"),
+        ("db", "found", ["env", "PGUSER=app"], "app|1"),
+        ("other", "made", ["env", "PGUSER=app"], "app|1"),
+        ("other", "found", [], "postgres|2"),
+    ):
+        done = run_program(*own, *workplace(*options, *env, *lease, prefix=prefix))
+        assert done.stdout == f"{expected}\n" * 2, done.stderr
+        assert get_template(done.stderr)[0] == verb
+
+
+@needs_postgres
 def test_on_a_throw_away_server_a_database_that_a_holder_made_again_is_dropped(
     workplace: Words,
 ) -> None:
@@ -5486,6 +5560,22 @@ def test_every_command_of_readme_works(code: str, recipes: Path) -> None:
     output = run_block(recipes, code)
     if "jobs/*.sh" in code:  # by make and by xargs; test_ is the default prefix
         assert len(re.findall(r"^ test_[0-3]$", output, re.M)) == 2 * 4
+
+
+@needs_postgres
+def test_the_fixture_of_readme_keeps_the_databases_of_failed_tests_until_its_command_drops_them(
+    recipes: Path,
+) -> None:
+    (wrap,) = [code for code in COMMANDS if "pytest kept" in code]
+    (leftovers,) = [code for code in COMMANDS if "is_template" in code]
+    (drop,) = [code for code in COMMANDS if "_kept_" in code]
+    output = run_block(recipes, wrap)
+    assert "1 failed, 1 passed" in output
+    (kept,) = re.findall("^the database is kept: (app_test_[01]_kept_[0-9a-f]{8})$", output, re.M)
+    names = "psql -XAtd postgres -c 'select datname from pg_database'"
+    assert kept in run_block(recipes, f"{leftovers} {names}")
+    assert f"drop database {kept}" in run_block(recipes, drop)
+    assert kept not in run_block(recipes, names)
 
 
 @needs_postgres
