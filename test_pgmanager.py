@@ -2734,6 +2734,50 @@ def test_an_invalid_database_with_a_name_of_the_pool_is_dropped_if_our_role_owns
     assert ("was not made by pgmanager" in done.stderr) == (not output)
 
 
+@needs_postgres
+@linux
+def test_reasons_and_warnings_are_errors_of_postgresql_if_it_speaks_german(
+    folder: Path, path: str, monkeypatch: Patch, request: pytest.FixtureRequest
+) -> None:
+    """A superuser makes it speak English. For other roles psql shows the SQLSTATE."""
+    if not shutil.which("localedef"):
+        pytest.skip("no localedef(1)")
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", folder / "de_DE.UTF-8"], check=False)
+    folder.chmod(0o755)
+    monkeypatch.setenv("LOCPATH", str(folder))
+    admin = request.getfixturevalue("admin")
+    admin.execute("CREATE ROLE poor LOGIN; CREATE ROLE rich LOGIN CREATEDB")
+    admin.execute("CREATE DATABASE real OWNER rich")
+    admin.execute("ALTER DATABASE real SET log_statement = 'all'")
+    admin.execute("CREATE DATABASE foreign0")
+    try:
+        admin.execute("ALTER ROLE ALL SET lc_messages = 'de_DE.UTF-8'")
+        with psycopg.connect(dbname="real") as connection:
+            connection.execute("SELECT 1/0")
+    except psycopg.Error as error:
+        if "Division durch Null" not in str(error):
+            pytest.skip("no German messages here")
+    for user, prefix, reason in (
+        ("postgres", "foreign", 'ERROR:  database "foreign0" was not made by pgmanager; HINT:  pg'),
+        (
+            "rich",
+            "foreign",
+            'FEHLER:  P0001: database "foreign0" was not made by pgmanager; HINT: ',
+        ),
+        ("poor", "copy", "FEHLER:  42501: keine Berechtigung, um Datenbank zu erzeugen"),
+    ):
+        monkeypatch.setenv("PGUSER", user)
+        words = ("--count", "1", "--template", "real")
+        with served(path, *words, prefix=prefix), connect(path) as client:
+            answer = client.recv(1024).decode()
+        assert answer.startswith(f"EMPTY:cannot prepare {prefix}0: {reason}")
+    monkeypatch.setenv("PGUSER", "rich")
+    done = run("wrap", "--prefix", "copy", "--template", "real", "--", *PGMANAGER, "exec", "true")
+    error = "FEHLER:  42501: keine Berechtigung, um Parameter »log_statement« zu setzen"
+    warning = f"the template's settings log_statement are not copied: {error}"
+    assert done.stderr == f"pgmanager: {warning}\n"
+
+
 LIMITS = {
     "statement_timeout": "100ms",
     "lock_timeout": "50ms",
