@@ -2773,8 +2773,8 @@ def test_reasons_and_warnings_are_errors_of_postgresql_if_it_speaks_german(
         assert answer.startswith(f"EMPTY:cannot prepare {prefix}0: {reason}")
     monkeypatch.setenv("PGUSER", "rich")
     done = run("wrap", "--prefix", "copy", "--template", "real", "--", *PGMANAGER, "exec", "true")
-    error = "FEHLER:  42501: keine Berechtigung, um Parameter »log_statement« zu setzen"
-    warning = f"the template's settings log_statement are not copied: {error}"
+    problem = "FEHLER:  42501: keine Berechtigung, um Parameter »log_statement« zu setzen"
+    warning = f"the template's settings log_statement are not copied: {problem}"
     assert done.stderr == f"pgmanager: {warning}\n"
 
 

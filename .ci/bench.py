@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import glob
 import itertools
 import os
 import pwd
 import resource
 import select
-import shutil
 import signal
 import socket
 import statistics
@@ -430,7 +428,7 @@ def main() -> None:
     groups = {group.__name__: group for group in (getting, sharing, waiting, fresh, starting)}
     if not groups.keys() >= {*sys.argv[1:]}:
         sys.exit(f"bench: no such part; there are {', '.join(groups)}")
-    COMMANDS[OURS] = [sys.executable, "-c", STARTER, os.path.dirname(pgmanager.__file__)]
+    files = {OURS: pgmanager.__file__, BEFORE: os.environ.get("BEFORE", "")}
     if peer := os.environ.get("PEER"):
         COMMANDS[PEER] = ["/bin/sh", "-c", peer.replace("{socket}", '"$0"')]
     # As a user starts it: with byte code cached, and with no pool or PostgreSQL of somebody's.
@@ -444,11 +442,11 @@ def main() -> None:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
     with tempfile.TemporaryDirectory(dir=memory, prefix="pgm-bench-") as folder:
         os.chmod(folder, 0o1777)  # for root, PostgreSQL runs as another user
-        if BEFORE in VERSIONS:  # with packed data of its own, or each would remove the other's
-            os.mkdir(old := f"{folder}/old")
-            with open(os.environ[BEFORE]) as source, open(f"{old}/pgmanager.py", "w") as target:
-                target.write(source.read().replace("/tmp/pgmanager-", f"{folder}/kept-"))
-            COMMANDS[BEFORE] = [sys.executable, "-c", STARTER, old]
+        for label in VERSIONS:  # a copy with packed data of its own, which no other run removes
+            os.mkdir(place := f"{folder}/{label}")
+            with open(files[label]) as source, open(f"{place}/pgmanager.py", "w") as target:
+                target.write(source.read().replace("/tmp/pgmanager-", f"{folder}/{label}-"))
+            COMMANDS[label] = [sys.executable, "-c", STARTER, place]
         os.chdir(folder)
         os.environ["TMPDIR"] = folder
         print(f"  {'figure':<49} {'of':<20} {'value':>9}    ratio  target")
@@ -456,10 +454,6 @@ def main() -> None:
             print(f"\n{groups[name].__doc__}")
             with contextlib.ExitStack() as stack:
                 groups[name](stack)
-        private = pgmanager.make_private_folder()
-        shutil.rmtree(f"{private}/{os.environ['PGPORT']}", ignore_errors=True)
-        for file in glob.glob(f"{private}/{pgmanager.SOCKET_LOCKS}/*{os.path.basename(folder)}*"):
-            os.remove(file)
 
 
 if __name__ == "__main__":
