@@ -3069,7 +3069,10 @@ def claims(cluster: Cluster) -> set[int]:
 
 
 def lose_claim(cluster: Cluster) -> None:
-    cluster.sql(*(f"SELECT pg_terminate_backend({pid}, 10000)" for pid in claims(cluster)))
+    """End the sessions that have claimed the test's prefix."""
+    before = claims(cluster)
+    cluster.sql(*(f"SELECT pg_terminate_backend({pid})" for pid in before))
+    wait_until(lambda: not claims(cluster) & before, "the end of the sessions")
 
 
 @needs_postgres
@@ -3355,7 +3358,7 @@ def test_a_session_takes_any_text_as_a_value_and_ends_with_the_reason_if_postgre
 
 @needs_postgres
 def test_a_throw_away_server_goes_on_after_a_test_has_ended_all_sessions(path: str) -> None:
-    end_all = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+    end_all = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
     end_all += "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
     words = ("wrap", "--ephemeral", "-s", path, "--count", "1", "--init", CREATE)
     with started(*words, "--", *SHOW_URL, stdin=subprocess.PIPE) as process:
@@ -3366,6 +3369,7 @@ def test_a_throw_away_server_goes_on_after_a_test_has_ended_all_sessions(path: s
             wait_for_free(path)
             with psycopg.connect(url, autocommit=True) as connection:
                 assert connection.execute(end_all).fetchall()
+                wait_until(lambda: not connection.execute(end_all).fetchall(), "their end")
         assert "cannot prepare" not in process.communicate("\n", timeout=DEADLINE)[1]
 
 
