@@ -2256,6 +2256,9 @@ BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL statement_timeout = 0;
 SET LOCAL lock_timeout = 0;
 SET LOCAL idle_in_transaction_session_timeout = 0;
+SET LOCAL tcp_keepalives_idle = 60; -- the claim of a host that was switched off ends soon
+SET LOCAL tcp_keepalives_interval = 10;
+SET LOCAL tcp_keepalives_count = 3;
 SELECT current_setting('server_version_num')::int >= 170000 AS has_transaction_timeout \\gset
 \\if :has_transaction_timeout
     SET LOCAL transaction_timeout = 0;
@@ -2295,6 +2298,12 @@ class Claim:
         os.makedirs(postgres.locks_folder, 0o700, exist_ok=True)
         place = os.stat(postgres.locks_folder)
         self._domain = hash_to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
+
+    def open_session(self) -> Session:
+        """Return the session for the claim. Until that is made, it may run other scripts."""
+        if self._session is None:
+            self._session = Session(self._postgres.env)
+        return self._session
 
     def choose_prefix(self, longest: str, wait_for: Callable[[Any], object]) -> str:
         """Claim the prefix, or the next one that no other domain has; return it.
@@ -2350,11 +2359,10 @@ class Claim:
 
     def _claim(self, prefix: str, wait_for: Callable[[Any], object] = wait_readable) -> str:
         """Claim a prefix; return who else has it, or "" if it is ours now."""
-        self._session = Session(self._postgres.env)
         others = "unknown"
         try:
             values = {"key": hash_to_number(prefix), "domain": self._domain}
-            ((others, self.role),) = self._session.run(CLAIM_SCRIPT, wait_for, **values)
+            ((others, self.role),) = self.open_session().run(CLAIM_SCRIPT, wait_for, **values)
         finally:
             if others:  # the session may have the lock (key, 0), which ends with it
                 self._end_session()
@@ -3103,11 +3111,13 @@ def set_up_databases(
         if template and not postgres.is_private:
             claim = Claim(postgres, prefix)
             stack.callback(claim.close)
+        if kind == "template":  # in the same psql, because to start one takes long
+            session = claim.open_session() if claim else stack.enter_context(postgres.session())
+            check_template_exists(session, template, signals)
+        if claim:
             longest = template[len(prefix) :] if source else str(options.count - 1)
             prefix = claim.choose_prefix(longest, signals.wait_for)
             role = claim.role
-        if kind == "template":
-            check_template_exists(postgres, template, signals)
     except PostgresError:
         if kind == "init":
             raise
@@ -3144,12 +3154,11 @@ def check_template_name(template: str, names: Sequence[str]) -> None:
         raise UsageError(problem, "choose another prefix, or it would be dropped")
 
 
-def check_template_exists(postgres: Postgres, template: str, signals: Signals) -> None:
+def check_template_exists(session: Session, template: str, signals: Signals) -> None:
     """Raise UsageError if there is no such database; PostgresError if the server does not say."""
     script = "SELECT 1 FROM pg_database WHERE datname = :'template';"
-    with postgres.session() as session:
-        if not session.run(script, signals.wait_for, template=template):
-            raise UsageError(f"no such template: {template}", "create it first, or use --init")
+    if not session.run(script, signals.wait_for, template=template):
+        raise UsageError(f"no such template: {template}", "create it first, or use --init")
 
 
 # ---------------------------------------------------------------------------------- Commands
