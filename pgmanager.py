@@ -2450,8 +2450,11 @@ def keep_database(name: str) -> str:
 # prefix, "" if it is ours now, and our role.
 CLAIM_SCRIPT = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
-SELECT set_config(name, '0', true) FROM (VALUES ('statement_timeout'), ('lock_timeout'),
-    ('idle_in_transaction_session_timeout'), ('transaction_timeout')) AS ours (name)
+SELECT set_config(name, value, true) FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'),
+    ('idle_in_transaction_session_timeout', '0'), ('transaction_timeout', '0'),
+    -- The claim of a host that was switched off ends soon.
+    ('tcp_keepalives_idle', '60'), ('tcp_keepalives_interval', '10'), ('tcp_keepalives_count', '3'))
+    AS ours (name, value)
 WHERE current_setting(name, true) IS NOT NULL \\g /dev/null
 SELECT pg_advisory_lock(:key, 0) \\g /dev/null
 SAVEPOINT look;
@@ -2488,6 +2491,12 @@ class Claim:
         os.makedirs(postgres.locks_folder, 0o700, exist_ok=True)
         place = os.stat(postgres.locks_folder)
         self._domain = hash_to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
+
+    def open_session(self) -> Session:
+        """Return the session for the claim. Until that is made, it may run other scripts."""
+        if self._session is None:
+            self._session = Session(self._postgres.env)
+        return self._session
 
     def choose_prefix(self, longest: str, wait_for: WaitFor) -> str:
         """Claim the prefix, or the next one that no other domain has; return it.
@@ -2543,11 +2552,10 @@ class Claim:
 
     def _claim(self, prefix: str, wait_for: WaitFor = wait_readable) -> str:
         """Claim a prefix; return who else has it, or "" if it is ours now."""
-        self._session = Session(self._postgres.env)
         others = "unknown"
         try:
             values = {"key": hash_to_number(prefix), "domain": self._domain}
-            ((others, self.role),) = self._session.run(CLAIM_SCRIPT, wait_for, **values)
+            ((others, self.role),) = self.open_session().run(CLAIM_SCRIPT, wait_for, **values)
         finally:
             if others:  # the session may have the lock (key, 0), which ends with it
                 self._end_session()
@@ -3341,11 +3349,13 @@ def set_up_databases(
         if template and not postgres.is_private:
             claim = Claim(postgres, prefix)
             stack.callback(claim.close)
+        if kind == "template":  # in the same psql, because to start one takes long
+            session = claim.open_session() if claim else stack.enter_context(postgres.session())
+            check_template_exists(session, template, signals)
+        if claim:
             longest = template[len(prefix) :] if source else str(options.count - 1)
             prefix = claim.choose_prefix(longest, signals.wait_for)
             role = claim.role
-        if kind == "template":
-            check_template_exists(postgres, template, signals)
     except PostgresError:
         if kind == "init":
             raise
@@ -3382,12 +3392,11 @@ def check_template_name(template: str, names: Sequence[str]) -> None:
         raise UsageError(problem, "choose another prefix, or it would be dropped")
 
 
-def check_template_exists(postgres: Postgres, template: str, signals: Signals) -> None:
+def check_template_exists(session: Session, template: str, signals: Signals) -> None:
     """Raise UsageError if there is no such database; PostgresError if the server does not say."""
     script = "SELECT 1 FROM pg_database WHERE datname = :'template';"
-    with postgres.session() as session:
-        if not session.run(script, signals.wait_for, template=template):
-            raise UsageError(f"no such template: {template}", "create it first, or use --init")
+    if not session.run(script, signals.wait_for, template=template):
+        raise UsageError(f"no such template: {template}", "create it first, or use --init")
 
 
 # ---------------------------------------------------------------------------------- Commands
