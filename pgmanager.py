@@ -2644,7 +2644,7 @@ class Preparer:
         return None
 
     def _copy_template(self, name: str, lock: int) -> None:
-        with self._postgres.session(lock) as session, self._listed(session.process):
+        with self._postgres.session(lock) as session, self._listed(lambda: session.process):
             self._postgres.create(session, name, self.template)
             session.run(SETTINGS_SCRIPT, name=name, template=self.template)
             # psql shows each statement that failed after a word such as "STATEMENT:".
@@ -2659,17 +2659,18 @@ class Preparer:
 
         # Not a pipe: that stays open until the last background process of the command has ended.
         with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                self._command,
-                shell=True,
-                env=env_for(name, self._postgres.env),
-                pass_fds=(lock,),
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-            with self._listed(process):
+            with self._listed(
+                lambda: subprocess.Popen(
+                    self._command,
+                    shell=True,
+                    env=env_for(name, self._postgres.env),
+                    pass_fds=(lock,),
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
+            ) as process:
                 status = get_shell_status(process.wait())
             if status:
                 output.seek(max(0, output.seek(0, os.SEEK_END) - 100_000))
@@ -2678,14 +2679,15 @@ class Preparer:
                 raise PostgresError(f"{problem}\n{text[-2000:]}" if "\n" in text else problem)
 
     @contextlib.contextmanager
-    def _listed(self, process: Process) -> Iterator[None]:
-        """List a process as running, for stop()."""
+    def _listed(self, start: Callable[[], Process]) -> Iterator[Process]:
+        """Start a process that stop() will find, or raise PostgresError after stop()."""
         with self._lock:
-            self._running.add(process)
             if self._is_stopped:
-                os.killpg(process.pid, signal.SIGKILL)
+                raise PostgresError("the server ends")
+            process = start()
+            self._running.add(process)
         try:
-            yield
+            yield process
         finally:
             with self._lock:
                 self._running.discard(process)
