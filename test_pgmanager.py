@@ -2652,6 +2652,7 @@ SLOT = (
     [
         *((kind, "postgres", "postgres", "") for kind in ("transaction", "subscription", "slot")),
         ("transaction", "role", "role", ""),
+        ("transaction", "role", "other", ""),  # of which role is a member
         ("transaction", "role", "postgres", "; end the prepared transactions and subscriptions of"),
         ("subscription", "role", "postgres", "; end the prepared transactions and subscripti"),
         ("slot", "role", "role", ""),
@@ -2667,8 +2668,10 @@ def test_what_drop_database_stops_at_is_removed_or_the_reason_says_how(
     role: str,
     monkeypatch: Patch,
 ) -> None:
-    cluster.sql(f"ALTER ROLE {pgmanager.quote_identifier(role)} REPLICATION")
-    users = {"postgres": "postgres", "role": role}
+    other, ours = (pgmanager.quote_identifier(name) for name in (f"{role}2", role))
+    cluster.sql(f"ALTER ROLE {ours} REPLICATION", f"CREATE ROLE {other} LOGIN REPLICATION")
+    cluster.sql(f"GRANT {other} TO {ours}")
+    users = {"postgres": "postgres", "role": role, "other": f"{role}2"}
     monkeypatch.setenv("PGUSER", users[server])
     with running_wrap(*KEPT, CREATE):
         with connect("running") as client:
@@ -2685,6 +2688,7 @@ def test_what_drop_database_stops_at_is_removed_or_the_reason_says_how(
                 assert cluster.sql(TABLES, database=name) == [("made",)]
                 assert cluster.sql("SELECT gid FROM pg_prepared_xacts") == []
                 assert cluster.sql("SELECT subname FROM pg_subscription") == []
+    cluster.sql(f"DROP ROLE {other}")
 
 
 @needs_postgres
@@ -2754,8 +2758,8 @@ def test_reasons_and_warnings_are_errors_of_postgresql_if_it_speaks_german(
         admin.execute("ALTER ROLE ALL SET lc_messages = 'de_DE.UTF-8'")
         with psycopg.connect(dbname="real") as connection:
             connection.execute("SELECT 1/0")
-    except psycopg.Error as error:
-        if "Division durch Null" not in str(error):
+    except psycopg.Error as failure:
+        if "Division durch Null" not in str(failure):
             pytest.skip("no German messages here")
     for user, prefix, reason in (
         ("postgres", "foreign", 'ERROR:  database "foreign0" was not made by pgmanager; HINT:  pg'),
@@ -2779,11 +2783,11 @@ def test_reasons_and_warnings_are_errors_of_postgresql_if_it_speaks_german(
 
 
 LIMITS = {
-    "statement_timeout": "100ms",
-    "lock_timeout": "50ms",
-    "idle_in_transaction_session_timeout": "50ms",
-    "idle_session_timeout": "50ms",
-    "transaction_timeout": "100ms",
+    "statement_timeout": "300ms",
+    "lock_timeout": "100ms",
+    "idle_in_transaction_session_timeout": "100ms",
+    "idle_session_timeout": "100ms",
+    "transaction_timeout": "300ms",
     "default_transaction_read_only": "on",
 }
 
@@ -2793,7 +2797,8 @@ LIMITS = {
 def test_no_limit_of_the_role_or_of_pgoptions_ends_our_own_sql(
     place: str, cluster: Cluster, role: str, monkeypatch: Patch
 ) -> None:
-    template = cluster.create("real", "CREATE TABLE made()", user=role)
+    # Our own session is idle while init runs.
+    init = "sleep 0.3; psql -qXc 'BEGIN READ WRITE; CREATE TABLE made(); COMMIT'"
     known = {name for (name,) in cluster.sql("SELECT name FROM pg_settings")}
     limits = {name: value for name, value in LIMITS.items() if name in known}
     options = " ".join(f"-c {name}={value}" for name, value in limits.items())
@@ -2803,17 +2808,17 @@ def test_no_limit_of_the_role_or_of_pgoptions_ends_our_own_sql(
             alter = f"ALTER ROLE {pgmanager.quote_identifier(role)} SET {name} = '{value}'"
             cluster.sql(alter)
     waits = "SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted"
-    waits += " AND clock_timestamp() - query_start > '0.5 s'"
+    waits += " AND clock_timestamp() - query_start > '1 s'"
     admin: dict[str, Any] = {"host": cluster.host, "user": "postgres", "dbname": "postgres"}
     with contextlib.ExitStack() as stack:
         with monkeypatch.context() as patch:
             patch.setenv("PGOPTIONS", options)
-            stack.enter_context(running_wrap("--template", template))
+            stack.enter_context(running_wrap(*KEPT, init))
         with psycopg.connect(**admin) as other:
             with connect("running") as client:
                 name = name_of(client)
                 other.execute("LOCK TABLE pg_database IN EXCLUSIVE MODE")  # DROP DATABASE waits
-            wait_until(lambda: cluster.sql(waits), "a session that waits for half a second")
+            wait_until(lambda: cluster.sql(waits), "a session that waits for a second")
         assert name_of(stack.enter_context(connect("running"))) == name
 
 
