@@ -2272,6 +2272,7 @@ class Session:
                 pass_fds=() if lock == NO_LOCK else (lock,),
             )
         except OSError as error:
+            self._errors.close()
             problem = f"psql is missing, or cannot run: {error.strerror}"
             raise PostgresError(problem, f"{INSTALL_CLIENT}, or pgmanager[postgres]") from error
 
@@ -2565,8 +2566,8 @@ class Claim:
         """Give the claim back. Other servers of our domain may still have it."""
         self._is_closed.set()
         while not self._lock.acquire(timeout=2):  # a check waits for a server that does not answer
-            if self._session is not None:
-                self._session.process.kill()
+            if session := self._session:
+                session.process.kill()
         self._end_session()  # and we keep the lock: no check begins any more
 
     def _end_session(self) -> None:
@@ -2963,8 +2964,10 @@ class Templates:
         """Drop a template unless somebody uses it or makes it."""
         with contextlib.suppress(BlockingIOError):
             lock = take_lock(self._path(name))
-            self._drop(name)
-            close_lock(lock)
+            try:
+                self._drop(name)
+            finally:
+                close_lock(lock)
 
     def _end_use(self, name: str, lock: int) -> None:
         """End our use of a template; drop it if it is not to be kept."""

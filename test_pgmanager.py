@@ -641,7 +641,7 @@ def test_the_ports_of_postgresql_name_the_folder_of_the_lock_files(monkeypatch: 
 # All servers of a user share one folder, so each of these tests runs as a user of its own. That
 # user may not be allowed to read the modules, so they are imported first.
 AS_USER = """
-import contextlib, hashlib, io, json, os, queue, resource, shlex, socket, subprocess, sys, tempfile
+import contextlib, glob, hashlib, io, json, os, queue, resource, shlex, socket, subprocess, sys, tempfile
 import urllib.parse, pgmanager
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     pgmanager.main(["--help"])
@@ -5017,7 +5017,7 @@ def test_wrap_keeps_empty_clusters_apart_from_the_eight_templates_used_last(
     # Make it look as if there were more, used earlier and later.
     used = next(file for file in clusters if file.count("-") > clusters[0].count("cluster-") + 2)
     for number in range(8):
-        copied = shutil.copy(used, f"{used[:-5]}{number}.tar")
+        copied = shutil.copy(used, f"{used[:-12]}{number:08x}.tar")
         os.utime(copied, (number, number) if number < 4 else None)
     run_with("b", "found")
     assert len(saved_clusters(folder)) == 8 + 2
