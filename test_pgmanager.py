@@ -641,8 +641,8 @@ def test_the_ports_of_postgresql_name_the_folder_of_the_lock_files(monkeypatch: 
 # All servers of a user share one folder, so each of these tests runs as a user of its own. That
 # user may not be allowed to read the modules, so they are imported first.
 AS_USER = """
-import contextlib, glob, hashlib, io, json, os, queue, resource, shlex, socket, subprocess, sys, tempfile
-import urllib.parse, pgmanager
+import contextlib, glob, hashlib, io, json, os, queue, resource, shlex, socket, subprocess, sys
+import tempfile, urllib.parse, pgmanager
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     pgmanager.main(["--help"])
 os.setgroups([])
