@@ -5595,7 +5595,8 @@ def run_block(recipes: Path, code: str) -> str:
     words = ["sh", "-ec", f"exec 2>&1 </dev/null\n{code}"]
     done = subprocess.run(words, cwd=recipes, capture_output=True, text=True, timeout=120)
     missing = re.search(MISSING, done.stdout)
-    if done.returncode and missing and "CI" not in os.environ:
+    is_module = missing and missing[0].startswith("No module")  # which our own set-up installs
+    if done.returncode and missing and not (is_module and "CI" in os.environ):
         pytest.skip(missing[0])
     assert done.returncode == 0, done.stdout
     return done.stdout
