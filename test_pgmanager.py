@@ -4467,7 +4467,7 @@ def plain(folder: Path, monkeypatch: Patch) -> Callable[..., Any]:
 
     def run_plain(words: list[str], typed: str = "", where: str = "", **more: str) -> Any:
         options: dict[str, Any] = {"cwd": folder / where, "env": {**os.environ, **more}}
-        options.update(capture_output=True, text=True, timeout=DEADLINE, input=typed)
+        options.update(capture_output=True, text=True, timeout=DEADLINE * 4, input=typed)
         (folder / "report").unlink(missing_ok=True)
         done = subprocess.run(words, **options)
         rows = []
