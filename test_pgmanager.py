@@ -3242,23 +3242,20 @@ def test_a_pool_is_broken_as_long_as_another_domain_has_taken_its_prefix(
 
 
 @needs_postgres
-def test_a_server_ends_quietly_while_postgresql_does_not_answer_whether_it_has_its_claim(
-    cluster: Cluster, domains: list[Domain]
-) -> None:
-    one, _, _ = domains
-    with one.start("--template", cluster.create("made", "CREATE TABLE made()")) as server:
-        read_start(server)
-        wait_for_free(one.path(""))
-        (backend,) = claims(cluster)
-        os.kill(backend, signal.SIGSTOP)
-        try:
-            with one.lease():
-                pass
-            wait_until(lambda: states(one.path("")) == ["preparing"], "the question")
-            assert "cannot" not in ended(server)
-        finally:
-            os.kill(backend, signal.SIGCONT)
-    wait_until(lambda: not claims(cluster), "the end of the claim")
+def test_closing_a_claim_ends_a_check_that_postgresql_does_not_answer(cluster: Cluster) -> None:
+    claim = pgmanager.Claim(pgmanager.Postgres(os.environ), cluster.prefix)
+    claim.choose_prefix("0", pgmanager.wait_readable)
+    (backend,) = claims(cluster)
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            check = pool.submit(claim.check)
+            wait_until(claim._lock.locked, "the check")
+            claim.close()
+            check.result(DEADLINE)
+    finally:
+        os.kill(backend, signal.SIGCONT)
+    wait_until(lambda: not claims(cluster), "the end of all sessions")
 
 
 @needs_postgres
