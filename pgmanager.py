@@ -2240,7 +2240,7 @@ class Session:
 
     END = b"-- the script has ended\n"
     # If the network drops a connection silently, psql ends after about a minute, not after hours.
-    NETWORK = "keepalives_idle=60 keepalives_interval=10 keepalives_count=3 tcp_user_timeout=60000"
+    NETWORK = "keepalives_idle=60 tcp_user_timeout=60000"
 
     def __init__(
         self, env: Mapping[str, str], database: str = "postgres", lock: int = NO_LOCK
@@ -2487,7 +2487,6 @@ class Claim:
         self._postgres = postgres
         self._lock = threading.Lock()  # guards the session
         self._session: Session | None = None  # it holds the claim
-        self._is_closed = threading.Event()
         # The number of our domain: the running system, and the folder as it sees it.
         os.makedirs(postgres.locks_folder, 0o700, exist_ok=True)
         place = os.stat(postgres.locks_folder)
@@ -2538,7 +2537,8 @@ class Claim:
         """Check every few seconds: while leases last long, nothing is prepared. Does not block."""
 
         def check_until_closed() -> None:
-            while not self._is_closed.wait(CHECK_SECONDS):
+            while True:
+                time.sleep(CHECK_SECONDS)
                 with contextlib.suppress(Error, OSError, ValueError):  # the next check tries again
                     self.check()
 
@@ -2564,7 +2564,6 @@ class Claim:
 
     def close(self) -> None:
         """Give the claim back. Other servers of our domain may still have it."""
-        self._is_closed.set()
         while not self._lock.acquire(timeout=2):  # a check waits for a server that does not answer
             if session := self._session:
                 session.process.kill()

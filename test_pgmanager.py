@@ -3044,26 +3044,19 @@ def read_start(process: Process) -> str:
     return said
 
 
-@contextlib.contextmanager
-def making_domains(cluster: Cluster, kind: str = "ports") -> Iterator[list[Domain]]:
-    """Provide three domains of a kind: ports, or users."""
-    if kind == "users" and os.geteuid() != 0:
+@pytest.fixture
+def domains(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[list[Domain]]:
+    """Provide three domains: ports, or users if the test says so."""
+    is_users = getattr(request, "param", "ports") == "users"
+    if is_users and os.geteuid() != 0:
         pytest.skip("only root can run a program as another user")
     os.chmod(".", 0o777)
     os.chmod(cluster.host, 0o755)
-    uids = random.sample(range(20_000, 60_000), 3) if kind == "users" else [None] * 3
+    uids = random.sample(range(20_000, 60_000), 3) if is_users else [None] * 3
     domains = [Domain(cluster, uid) for uid in uids]
-    try:
-        yield domains
-    finally:
-        for domain in domains:
-            shutil.rmtree(domain.locks if kind == "ports" else os.path.dirname(domain.locks), True)
-
-
-@pytest.fixture
-def domains(cluster: Cluster) -> Iterator[list[Domain]]:
-    with making_domains(cluster) as domains:
-        yield domains
+    yield domains
+    for domain in domains:
+        shutil.rmtree(os.path.dirname(domain.locks) if is_users else domain.locks, True)
 
 
 def claims(cluster: Cluster) -> set[int]:
@@ -3082,15 +3075,15 @@ def lose_claim(cluster: Cluster) -> None:
 
 @needs_postgres
 @pytest.mark.parametrize("moment", ["at once", "after the claim", "after the start"])
-@pytest.mark.parametrize("kind", ["users", "ports"])
+@pytest.mark.parametrize("domains", ["users", "ports"], indirect=True)
 def test_domains_that_use_one_prefix_at_the_same_time_have_databases_of_their_own(
-    kind: str, moment: str, cluster: Cluster, role: str
+    moment: str, cluster: Cluster, role: str, domains: list[Domain]
 ) -> None:
+    one, two, three = domains
     os.mkfifo("gate")
     os.chmod("gate", 0o666)
     gate = {"GATE": os.path.abspath("gate")} if moment == "after the claim" else {}
     with contextlib.ExitStack() as stack:
-        one, two, three = stack.enter_context(making_domains(cluster, kind))
         servers = [stack.enter_context(one.start(**gate))]
         if moment == "after the claim":
             wait_until(cluster.templates, "the init of the first server")
