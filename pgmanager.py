@@ -441,6 +441,7 @@ class PoolOptions:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.command: str = args.subcommand
         self.is_ephemeral: bool = getattr(args, "ephemeral", False)
         self.is_verbose: bool = args.verbose
         self.path, self.is_path_given = get_socket_path(args.socket), args.socket is not None
@@ -963,10 +964,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         send = (self._send_grant, self._send_refusal)
         processors = count_processors()
         self.pool = Pool(names, locks, *send, self._todo.put, prepare is not None, processors)
-        # Guards the three below.
+        # Guards the two below.
         self._state_lock = threading.Lock()
         self._idle_threads = 0
-        self._is_closed = False
         self._is_serving = False
         self._ending = threading.Event()
         self._connections: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
@@ -1005,7 +1005,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._ending.set()
         self.pool.close()
         with self._state_lock:
-            self._is_closed = True
             for _ in range(self._idle_threads):
                 self._connections.put(None)
         for _ in self.names:
@@ -1080,7 +1079,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         while item := self._connections.get():
             self.process_request_thread(*item)  # runs the handler, then close_request()
             with self._state_lock:
-                if self._is_closed or self._idle_threads == MAX_IDLE_THREADS:
+                if self._ending.is_set() or self._idle_threads == MAX_IDLE_THREADS:
                     return
                 self._idle_threads += 1
 
@@ -2255,7 +2254,7 @@ class Session:
         self._has_begun = self._is_busy = False
         name = f"pgmanager {os.getpid()} on {os.uname().nodename}"
         try:
-            self.process = subprocess.Popen(
+            self.process: Any = subprocess.Popen(
                 # -w: without it psql would read our script as the password.
                 [find_psql(), "-XqAtw", "-F\x1f", f"-d{self.NETWORK}"],
                 env={
@@ -2289,8 +2288,6 @@ class Session:
         lines += [f"\\set {name} {quote_for_psql(value)}" for name, value in values.items()]
         lines += [script, "\\echo " + self.END.decode()]
         stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
         answer, self._is_busy = b"", True
         rest = "\n".join(lines).encode(errors="surrogateescape")
         with contextlib.suppress(BrokenPipeError):  # psql has ended, and its errors say why
@@ -2321,18 +2318,11 @@ class Session:
             return False
         return True
 
-    def cancel(self) -> None:
-        """Cancel what runs. If psql were killed instead, PostgreSQL would go on with it."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGINT)
-
     def close(self) -> None:
         """End psql. Blocks until it has ended."""
         stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        if self._is_busy:
-            self.cancel()
+        if self._is_busy:  # psql cancels its query; if it were killed, PostgreSQL would go on
+            self.process.send_signal(signal.SIGINT)  # does nothing if psql has ended
         stdin.close()
         while wait_readable(stdout, seconds=2):
             if not os.read(stdout.fileno(), 65536):
@@ -2393,12 +2383,12 @@ class Postgres:
 
     def drop(self, session: Session, name: str) -> None:
         """Drop a database of ours, if it exists."""
-        self._free(session, name)
+        self._make_droppable(session, name)
         session.run(DROP_SCRIPT, name=name)
 
     def create(self, session: Session, name: str, template: str) -> None:
         """Copy a template, in place of a database of ours if there is one."""
-        self._free(session, name)
+        self._make_droppable(session, name)
         try:
             session.run(CREATE_SCRIPT, name=name, template=template)
         except PostgresError as error:
@@ -2409,7 +2399,7 @@ class Postgres:
                 rows = another.run(REFUSED_SCRIPT, template=template)
             raise PostgresError(str(error), "; ".join(row[0] for row in rows)) from error
 
-    def _free(self, session: Session, name: str) -> None:
+    def _make_droppable(self, session: Session, name: str) -> None:
         """Prove that a database is ours, and end in it what DROP DATABASE would stop at."""
         held = session.run(CHECK_SCRIPT, name=name, is_private=str(self.is_private))
         if held:
@@ -2493,7 +2483,7 @@ class Claim:
         self._domain = hash_to_number(f"{get_boot_id()} {place.st_dev} {place.st_ino}")
 
     def open_session(self) -> Session:
-        """Return the session for the claim. Until that is made, it may run other scripts."""
+        """Return the session for the claim. Before there is a claim, it may run other scripts."""
         if self._session is None:
             self._session = Session(self._postgres.env)
         return self._session
@@ -2504,15 +2494,13 @@ class Claim:
         Raises UsageError if the name with the longest ending would be too long, and PostgresError
         if PostgreSQL cannot be reached.
         """
-        wanted = prefix = self.prefix
-        first = others = self._claim(prefix, wait_for)
-        number = 1
-        while others:
-            number += 1
+        wanted, first, number = self.prefix, "", 1
+        prefix = wanted
+        while others := self._claim(prefix, wait_for):
+            first, number = first or others, number + 1
             prefix = f"{wanted}host{number}_"
             advice = f"choose a shorter prefix: {wanted} is used by {first}"
             check_name_length(f"{prefix}{longest}", advice)
-            others = self._claim(prefix, wait_for)
         if first:
             say(f"the prefix {wanted} is used by {first}; the databases here are {prefix}0 ...")
         self.prefix = prefix
@@ -2598,13 +2586,9 @@ class Preparer:
     """
 
     def __init__(
-        self,
-        postgres: Postgres,
-        *,
-        template: str = "",
-        command: str = "",
-        claim: Claim | None = None,
+        self, postgres: Postgres, template: str, command: str, claim: Claim | None
     ) -> None:
+        """Take the name of a template, or else a command for the shell."""
         import tempfile  # noqa: F401 - now: later there may be no descriptor left to read it
 
         self.template, self._command = template, command
@@ -2708,7 +2692,9 @@ class Preparer:
                 self._lock.wait_for(lambda: not self._running, timeout=1)
         # Until it has become psql, a new process has copies of all our locks. So wait for the
         # threads that are about to start one.
-        all(self._processors.acquire(timeout=1) for _ in range(count_processors()))
+        for _ in range(count_processors()):
+            if not self._processors.acquire(timeout=1):
+                break
 
 
 # --init makes a template once, and keeps it until something that it is made from changes.
@@ -2719,13 +2705,13 @@ MAX_TEMPLATES = 3  # of a prefix that are kept on a server
 class InitSource:
     """What --init and --depends say, and a hash of everything that they read."""
 
-    def __init__(self, texts: Sequence[str], depends: Sequence[str], extra: str = "") -> None:
+    def __init__(self, options: PoolOptions) -> None:
         # Each step is what --init says, and the SQL files that it means: none if it is a command.
-        self.steps = [(text, find_sql_files(text)) for text in texts]
-        self._depends, self._extra = depends, extra
+        self.steps = [(text, find_sql_files(text)) for text in options.values]
+        self._depends, self._extra = options.depends, " ".join(options.server_options)
         has_command = not all(files for _, files in self.steps)
         others = [reads_other_files(file) for _, files in self.steps for file in files]
-        self.is_kept = bool(depends) or not (has_command or any(others))
+        self.is_kept = bool(self._depends) or not (has_command or any(others))
         self.files: list[str] = []
         self.hash = self.compute_hash()
 
@@ -2841,7 +2827,6 @@ def find_files(pattern: str) -> dict[str, str]:
     The hashed path begins at the folder, or at the first wildcard, so it is the same in every
     checkout. Hidden files and backups are left out, unless the path names one itself.
     """
-
     import glob
 
     if os.path.isfile(pattern):
@@ -3087,7 +3072,7 @@ class ThrowAwayServer:
             with contextlib.suppress(OSError):
                 os.remove(packed)
         try:
-            self._run(stack, empty, packed)
+            self._start_postgres(stack, empty, packed)
         except PostgresError as error:
             # The packed data may be damaged, so remove them. But keep them if the disk is full.
             if not ("space left" in str(error) or "quota" in str(error)):
@@ -3134,13 +3119,11 @@ class ThrowAwayServer:
             scheme = split_url(env.get("DATABASE_URL", ""))["scheme"]
         except UsageError:  # empty, or not of PostgreSQL
             scheme = "postgresql"
-        place = f"host={quote(self.folder, safe='')}&port={self._port}&user=postgres"
-        env["DATABASE_URL"] = f"{scheme}:///postgres?{place}"
+        rest = f"/postgres?host={quote(self.folder, safe='')}&port={self._port}&user=postgres"
         if self._options.has_tcp:
             env.update(PGHOST="127.0.0.1", PGPASSWORD=self._password)
-            place = f"postgres:{self._password}@127.0.0.1:{self._port}"
-            env["DATABASE_URL"] = f"{scheme}://{place}/postgres"
-        env["PGM_EPHEMERAL_URL"] = env["DATABASE_URL"]
+            rest = f"postgres:{self._password}@127.0.0.1:{self._port}/postgres"
+        env["DATABASE_URL"] = env["PGM_EPHEMERAL_URL"] = f"{scheme}://{rest}"
         return env
 
     def _get_packed_files(self, key: str) -> tuple[str, str]:
@@ -3162,9 +3145,8 @@ class ThrowAwayServer:
             made_by += f" {os.confstr('CS_GNU_LIBC_VERSION')}"
         empty = f"{place}/cluster-{zlib.crc32(os.fsencode(made_by)):08x}.tar"
         packed = empty.replace(".tar", f"-{key}.tar") if key else ""
-        with contextlib.suppress(FileNotFoundError):  # another run removes them too
-            remove_old_files(f"{place}/cluster-????????.tar", empty, MAX_EMPTY)
-            remove_old_files(f"{place}/cluster-*-*.tar", packed, MAX_PACKED, MAX_PACKED_BYTES)
+        remove_old_files(f"{place}/cluster-????????.tar", empty, MAX_EMPTY)
+        remove_old_files(f"{place}/cluster-*-*.tar", packed, MAX_PACKED, MAX_PACKED_BYTES)
         for file in glob.glob(f"{place}/cluster-*.tar.*"):  # of a watchdog that was killed
             with contextlib.suppress(ValueError, PermissionError, FileNotFoundError):
                 try:
@@ -3173,8 +3155,8 @@ class ThrowAwayServer:
                     os.remove(file)
         return empty, packed
 
-    def _run(self, stack: contextlib.ExitStack, empty: str, packed: str) -> None:
-        """Run the server in a folder of its own; return when it accepts connections."""
+    def _start_postgres(self, stack: contextlib.ExitStack, empty: str, packed: str) -> None:
+        """Start the server in a folder of its own; return when it accepts connections."""
         import subprocess
 
         alive = self._make_folder(stack)
@@ -3183,15 +3165,13 @@ class ThrowAwayServer:
             for folder in (self.folder, f"{self.folder}/locks"):  # the watchdog removes them
                 os.chown(folder, self._user["user"], self._user["group"])
             programs = copy_within_reach(programs, self.folder)
-        settings = [*SETTINGS, f"unix_socket_directories={quote_identifier(self.folder)}"]
-        words = [f"-c{setting}" for setting in settings]
-        words += [*self._options.server_options, *(f"-c{setting}" for setting in LOGGING)]
-        words += [f"-c{setting}" for setting in self._choose_address(stack)]
+        first = [*SETTINGS, f"unix_socket_directories={quote_identifier(self.folder)}"]
+        last = [*LOGGING, *self._choose_address(stack)]  # after the user's: the last one counts
+        words = ["/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, empty, packed]
+        words += [self._options.locale, *(f"-c{setting}" for setting in first)]
+        words += [*self._options.server_options, *(f"-c{setting}" for setting in last)]
         watchdog: Any = subprocess.Popen(
-            [
-                *("/bin/sh", "-c", WATCHDOG, "sh", programs, self.folder, empty, packed),
-                *(self._options.locale, *words),
-            ],
+            words,
             env={**self._env, "LC_ALL": "C"},  # the language of the log
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -3278,13 +3258,14 @@ def remove_old_files(pattern: str, used: str, count: int, size: int = sys.maxsiz
     """Remove all but the files used last, of this count and size in bytes, and the one in use."""
     import glob
 
-    files = [(os.stat(file), file) for file in glob.glob(pattern) if file != used]
-    if os.path.exists(used):
-        size -= os.stat(used).st_size
-    for status, file in sorted(files, key=lambda item: item[0].st_mtime, reverse=True):
-        count, size = count - 1, size - status.st_size
-        if count < 1 or size < 0:  # the one in use has a place too
-            os.remove(file)
+    with contextlib.suppress(FileNotFoundError):  # another run removes them too
+        files = [(os.stat(file), file) for file in glob.glob(pattern) if file != used]
+        if os.path.exists(used):
+            size -= os.stat(used).st_size
+        for status, file in sorted(files, key=lambda item: item[0].st_mtime, reverse=True):
+            count, size = count - 1, size - status.st_size
+            if count < 1 or size < 0:  # the one in use has a place too
+                os.remove(file)
 
 
 def make_verifier(password: str) -> str:
@@ -3333,8 +3314,7 @@ def set_up_databases(
     prefix, kind, template = options.prefix, options.kind, ""
     source, key, server, claim, role = None, "", None, None, "postgres"
     if kind == "init":
-        extra = " ".join(options.server_options)
-        source = InitSource(options.values, options.depends, extra)
+        source = InitSource(options)
         template = source.get_template_name(prefix, role)
         check_name_length(template, "choose a shorter prefix: --init makes this template")
         key = make_file_name(template) if source.is_kept else ""
@@ -3376,13 +3356,11 @@ def set_up_databases(
     names = make_names(prefix, options.count)
     if kind == "template":
         check_template_name(template, names)
-    if kind == "prepare":
-        return postgres, names, Preparer(postgres, command=options.values[0])
-    if template:
-        return postgres, names, Preparer(postgres, template=template, claim=claim)
-    if postgres.is_private:
+    if postgres.is_private and not kind:
         postgres.create_empty(names)
-    return postgres, names, None
+    command = options.values[0] if kind == "prepare" else ""
+    preparer = Preparer(postgres, template, command, claim) if kind else None
+    return postgres, names, preparer
 
 
 def check_template_name(template: str, names: Sequence[str]) -> None:
@@ -3407,19 +3385,15 @@ def check_template_exists(session: Session, template: str, signals: Signals) -> 
 
 
 def start_server(
-    command: str,
-    path: str,
-    listener: socket.socket,
-    names: Sequence[str],
-    postgres: Postgres,
-    preparer: Preparer | None,
-    stack: contextlib.ExitStack,
-) -> Server:
-    """Serve a pool, by a daemon thread, until the stack ends."""
+    options: PoolOptions, listener: socket.socket, signals: Signals, stack: contextlib.ExitStack
+) -> tuple[Server, Postgres, Preparer | None]:
+    """Set up the databases, and serve them, by a daemon thread, until the stack ends."""
+    postgres, names, preparer = set_up_databases(options, signals, stack)
     locks = Locks(postgres.locks_folder)
     stack.callback(locks.unlock_folder)
     prepare = preparer.prepare if preparer else None
-    server = Server(command, path, listener, names, locks, prepare)
+    path = listener.getsockname()
+    server = Server(options.command, path, listener, names, locks, prepare)
     stack.callback(server.server_close)
     if preparer:
         stack.callback(preparer.stop)
@@ -3427,7 +3401,7 @@ def start_server(
     thread.start()
     stack.callback(thread.join)
     stack.callback(server.shutdown)
-    return server
+    return server, postgres, preparer
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -3436,8 +3410,7 @@ def run_serve(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         # The socket comes first: if it is in use, no template has been made in vain.
         listener = bind_socket(options.path, stack)
-        postgres, names, preparer = set_up_databases(options, signals, stack)
-        server = start_server("serve", options.path, listener, names, postgres, preparer, stack)
+        server, _, _ = start_server(options, listener, signals, stack)
         say(describe_pool(server))
         while signals.ended_by is None:
             signals.get_next()
@@ -3468,25 +3441,25 @@ def run_wrap(args: argparse.Namespace) -> int:
     make_names(options.prefix, options.count)  # raises if there is no prefix
     with contextlib.ExitStack() as stack:
         # The socket comes first: if it is in use, no template has been made in vain.
-        path, listener = bind_wrap_socket(options, stack)
-        postgres, names, preparer = set_up_databases(options, signals, stack)
-        server = start_server("wrap", path, listener, names, postgres, preparer, stack)
+        listener = bind_wrap_socket(options, stack)
+        server, postgres, preparer = start_server(options, listener, signals, stack)
         if options.is_verbose:
             say(describe_pool(server))
-        env = {**postgres.env, "PGM_SOCKET": path, "PGMANAGER_SOCKET": path}
+        env = {**postgres.env, "PGM_SOCKET": server.path, "PGMANAGER_SOCKET": server.path}
         env.pop("PGM_TEMPLATE_DATABASE", None)
         if preparer and preparer.template:
             env["PGM_TEMPLATE_DATABASE"] = preparer.template
         returncode = run_command(args.words, signals, env=env)
         if held := server.get_held_names():
             say(f"still leased after the command has ended: {', '.join(held)}")
-        if not server.status()["leases"]:
+        status = server.status()
+        if not status["leases"]:
             advice = "give pytest -p pgmanager, or start each test process with pgmanager exec"
             say(f"no lease was taken: {advice}")
         if returncode and preparer is None and not postgres.is_private:
-            report_missing_databases(postgres, names)
+            report_missing_databases(postgres, server.names)
         if options.is_verbose:
-            say(describe_totals(server.status()))
+            say(describe_totals(status))
     return returncode
 
 
@@ -3530,25 +3503,19 @@ def is_outer_wrap(path: str) -> bool:
     return {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
 
 
-def bind_wrap_socket(
-    options: PoolOptions, stack: contextlib.ExitStack
-) -> tuple[str, socket.socket]:
-    """Bind the socket of a wrap; return its path and it.
-
-    It is a private one if another server has the path, unless --socket named the path.
-    """
+def bind_wrap_socket(options: PoolOptions, stack: contextlib.ExitStack) -> socket.socket:
+    """Bind the socket of a wrap: a private one if the path is in use, unless --socket named it."""
     if options.is_path_given or not options.is_ephemeral:
         try:
-            return options.path, bind_socket(options.path, stack)
+            return bind_socket(options.path, stack)
         except SocketInUse:
             if options.is_path_given:
                 raise
     number = 0
     while True:
         number += 1
-        path = f"{make_private_folder()}/wrap-{number}.sock"
         with contextlib.suppress(SocketInUse):
-            return path, bind_socket(path, stack)
+            return bind_socket(f"{make_private_folder()}/wrap-{number}.sock", stack)
 
 
 def report_missing_databases(postgres: Postgres, names: Sequence[str]) -> None:
@@ -3730,48 +3697,45 @@ def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
     """Add the options of pgmanager, or of a subcommand, to its parser."""
     from argparse import SUPPRESS  # a default would overwrite the value in "pgmanager -s PATH wrap"
 
+    add = parser.add_argument
     text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
-    parser.add_argument("-s", "--socket", metavar="PATH", default=SUPPRESS, help=text)
+    add("-s", "--socket", metavar="PATH", default=SUPPRESS, help=text)
     text = "say what happens, on stderr"
-    parser.add_argument("-v", "--verbose", action="store_true", default=SUPPRESS, help=text)
+    add("-v", "--verbose", action="store_true", default=SUPPRESS, help=text)
     if name in ("serve", "wrap", "wrap-each"):
-        text = "names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]"
-        parser.add_argument("--prefix", help=text)
-        text = f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]"
-        parser.add_argument("--count", metavar="N", help=text)
+        add("--prefix", help="names are PREFIX + 0, 1, 2 ... [PGM_DATABASE_PREFIX]")
+        add("--count", metavar="N", help=f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]")
     if name in ("serve", "wrap"):
         text = "make a template once, with an SQL file, a folder of them, or a shell command; "
         text += "each lease gets a fresh copy; may be repeated [PGM_INIT]"
-        parser.add_argument("--init", metavar="FILE|CMD", action="append", help=text)
+        add("--init", metavar="FILE|CMD", action="append", help=text)
         text = "what --init reads: a file, a folder, or a pattern with **; "
         text += "may be repeated [PGM_DEPENDS]"
-        parser.add_argument("--depends", metavar="PATH", action="append", help=text)
-        text = "make the template of --init anew"
-        parser.add_argument("--rebuild", action="store_true", help=text)
+        add("--depends", metavar="PATH", action="append", help=text)
+        add("--rebuild", action="store_true", help="make the template of --init anew")
         text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
-        parser.add_argument("--template", metavar="NAME", help=text)
+        add("--template", metavar="NAME", help=text)
         text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
-        parser.add_argument("--prepare", metavar="CMD", help=text)
+        add("--prepare", metavar="CMD", help=text)
     if name == "wrap":
         text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
-        parser.add_argument("--ephemeral", action="store_true", help=text)
+        add("--ephemeral", action="store_true", help=text)
         text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
-        parser.add_argument("--server-options", metavar="OPTIONS", help=text)
-        text = "its locale, for initdb [PGM_LOCALE; C]"
-        parser.add_argument("--locale", metavar="LOCALE", help=text)
+        add("--server-options", metavar="OPTIONS", help=text)
+        add("--locale", metavar="LOCALE", help="its locale, for initdb [PGM_LOCALE; C]")
         text = "let it listen on 127.0.0.1 too, with a password [PGM_TCP=1]"
-        parser.add_argument("--tcp", action="store_true", help=text)
+        add("--tcp", action="store_true", help=text)
     if name == "wrap-each":
         text = "go on after a failure, and exit 0"
-        parser.add_argument("-i", "--ignore-exit-code", action="store_true", help=text)
+        add("-i", "--ignore-exit-code", action="store_true", help=text)
         text = "append the database's name to COMMAND's arguments"
-        parser.add_argument("-x", "--xargs", "--xarg", action="store_true", help=text)
-        parser.add_argument("-j", "--jobs", metavar="N", help="run N at a time [1]")
+        add("-x", "--xargs", "--xarg", action="store_true", help=text)
+        add("-j", "--jobs", metavar="N", help="run N at a time [1]")
     if name == "exec":
         text = "how long to wait for a database [PGM_TIMEOUT; for ever]"
-        parser.add_argument("--timeout", metavar="SECONDS", help=text)
+        add("--timeout", metavar="SECONDS", help=text)
     if name == "status":
-        parser.add_argument("--json", action="store_true", help="print the JSON document")
+        add("--json", action="store_true", help="print the JSON document")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
