@@ -1196,11 +1196,8 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
 
     A dead socket is replaced. Raises SocketInUse if the path is in use, else SocketError.
     """
-    for leftover in list_socket_paths():
-        with contextlib.suppress(SocketError, OSError), locked_socket_path(leftover):
-            pass
     try:
-        lock = stack.enter_context(locked_socket_path(path))
+        lock = lock_socket_path(path, stack)
         folder, made = os.path.dirname(path), []
         while not os.path.lexists(folder):
             made.append(folder)
@@ -1218,6 +1215,20 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
     except OSError as error:
         problem = f"cannot make the socket: {path}: {error.strerror}"
         raise SocketError(problem, "choose another path, such as -s /tmp/pgm.sock") from error
+
+
+def lock_socket_path(path: str, stack: contextlib.ExitStack) -> int:
+    """Lock the path of a socket until the stack ends, and remove what killed servers have left."""
+    # One server after the other: to remove a leftover, one locks its path, and a server that starts
+    # there at this moment would find it in use.
+    turn = take_lock(os.path.join(make_private_folder(), "sockets.lock"), wait=True)
+    try:
+        for leftover in list_socket_paths():
+            with contextlib.suppress(SocketError, OSError), locked_socket_path(leftover):
+                pass
+        return stack.enter_context(locked_socket_path(path))
+    finally:
+        close_lock(turn)
 
 
 @contextlib.contextmanager

@@ -1097,6 +1097,32 @@ def test_the_real_path_of_a_socket_may_be_longer_than_the_name_of_a_file(folder:
     assert not os.path.lexists(path)
 
 
+def test_a_killed_server_starts_again_while_another_removes_what_it_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, other = str(folder / "left"), str(folder / "other")
+    with served(left) as process:
+        process.kill()
+    removing, remove = threading.Event(), pgmanager.remove_dead_socket
+
+    def remove_slowly(path: str, lock: int) -> None:
+        if path == left and not removing.is_set():
+            removing.set()
+            time.sleep(0.5)
+        remove(path, lock)
+
+    def bind(path: str) -> str:
+        with contextlib.ExitStack() as stack:
+            return str(pgmanager.bind_socket(path, stack).getsockname())
+
+    monkeypatch.setattr(pgmanager, "remove_dead_socket", remove_slowly)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        first = threads.submit(bind, other)
+        assert removing.wait(10)
+        second = threads.submit(bind, left)
+        assert (first.result(10), second.result(10)) == (other, left)
+
+
 def test_a_socket_in_use_is_found_out_before_anything_is_made(folder: Path, path: str) -> None:
     init = ("--init", f"touch {folder}/began")
     with served(path):
