@@ -2988,26 +2988,27 @@ def test_commands_change_only_databases_of_the_pool_on_the_chosen_server(
     lease = [*PGMANAGER, "exec", "--", "sh", "-c", clients]
     chosen = url_cluster if "DATABASE_URL" in ways else host_cluster
     try:
-        for command, fills_all in (
-            (["wrap", "--template", f"{prefix}dev", "--", *lease], False),
-            (["wrap", "--template", f"{prefix}dev", "--", *tests], False),
-            (["wrap", "--init", touch, "--depends", "test_it.py", "--", *lease], False),
-            (["wrap", "--prepare", touch, "--", *lease], True),  # as the caller asks for
-            (["wrap-each", "--", "sh", "-c", clients], True),
+        for command, filled in (
+            (["wrap", "--template", f"{prefix}dev", "--", *lease], 0),
+            (["wrap", "--template", f"{prefix}dev", "--", *tests], 0),
+            (["wrap", "--init", touch, "--depends", "test_it.py", "--", *lease], 0),
+            (["wrap", "--prepare", touch, "--", *lease], 1),  # or more; as the caller asks for
+            (["wrap-each", "--", "sh", "-c", clients], 3),
         ):
-            if fills_all:
+            if filled:
                 chosen.drop("2")
                 chosen.create("2")
             before = {cluster: cluster.content() for cluster in clusters}
             done = run(*command, env=env, cwd=folder)
             assert done.returncode == 0, done.stdout + done.stderr
             cure = "wrap-each --prefix PREFIX --count N -x -- dropdb --if-exists\n"
-            assert done.stderr.count(cure) == (not fills_all)  # once for both databases
+            assert done.stderr.count(cure) == (not filled)  # once for both databases
             after = {cluster: cluster.content() for cluster in clusters}
-            for name in ("0", "1", "2") if fills_all else ("2",):
-                before[chosen].pop(f"{prefix}{name}", None)
-                tables = after[chosen].pop(f"{prefix}{name}", None)
-                assert not fills_all or tables == [("touched",)]
+            names = [f"{prefix}{number}" for number in ((0, 1, 2) if filled else (2,))]
+            for name in names:
+                before[chosen].pop(name, None)
+            tables = [after[chosen].pop(name, None) for name in names]
+            assert tables.count([("touched",)]) >= filled
             assert before == after, command
     finally:
         for cluster in clusters:
