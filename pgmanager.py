@@ -9,11 +9,12 @@ process disconnects, the name goes to the next process in line. By default the d
 exist already; with --init or --template each lease gets a fresh copy, and with --ephemeral no
 PostgreSQL has to be running.
 
-    python -m pgmanager serve --prefix app_test_     # hand out names until Ctrl-C
-    pgmanager wrap -- make test                      # serve while a command runs
-    from pgmanager import acquire                    # with acquire() as db: ...
-    pytest -p pgmanager -n 8                         # a database for each worker
-    python tools/pgmanager.py wrap -- pytest -n 8    # this file alone, copied
+    pgmanager wrap --ephemeral -- make test        # serve while a command runs
+    pgmanager serve --prefix app_test_             # hand out names until Ctrl-C
+    pgmanager exec -- ./test                       # in that pool: acquire a name, then run this
+    pytest -p pgmanager -n 8                       # in that pool: a database for each worker
+    from pgmanager import acquire                  # in that pool: with acquire() as db: ...
+    python tools/pgmanager.py wrap --ephemeral -- make test    # this file alone, copied
 
 The protocol. A client connects and sends nothing. When a name is free for it, the server writes
 ``OK:<name>``, without a newline, at most 1,024 bytes. The lease lasts as long as the connection, so
@@ -23,15 +24,17 @@ lock of the name. A client that binds its own end to a name that begins with pgm
 the status as JSON, and no lease.
 
 What always holds. On one Linux machine a name never has two holders, whatever is killed and however
-many servers of one user serve the same port of PostgreSQL. (Without the lock, on macOS and through
-ssh, that is so as long as the server lives.) Servers of other users, containers and hosts that make
-copies on the same PostgreSQL get another prefix, so they never share a database. No name is lost.
+many servers of one user serve the same port of PostgreSQL. (A client without the lock, because it
+drops it, or on macOS, or behind ssh, has its name alone as long as the server lives.) Servers of
+other users, containers and hosts that make copies on the same PostgreSQL get another prefix, so
+they never share a database. No name is lost.
 One server serves its clients in the order of their arrival. A crash never prevents the next start.
 A database that pgmanager did not make is never dropped.
 
-How to read this file. Each section uses only what stands above it: Errors, Configuration, Locks,
-Pool, Server, Client, Processes, Databases, Commands, Parser. The section Server begins with the
-way of one client through the code.
+How to read this file. The sections are Errors, Configuration, Locks, Pool, Server, Client,
+Processes, Databases, Commands, Parser. Each uses only what stands above it, with two exceptions:
+Lease.keep() runs SQL, and pytest's plugin can run a command. The section Server begins with the way
+of one client through the code.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from __future__ import annotations
 import socket
 import sys
 
-# Python 3.8 prints this line too; older ones stop at the syntax below.
+# Python 3.8 gets as far as this message; to older ones, what stands below is a SyntaxError.
 unusable = ""
 if sys.version_info < (3, 9):  # noqa: UP036
     unusable = "this Python is too old: {}.{}; use 3.9 or newer".format(*sys.version_info)
@@ -268,7 +271,7 @@ def get_timeout(given: float | str | None = None) -> float | None:
 
 # The parameters of a URL that libpq also reads from the environment, and the variables: PG and
 # the parameter in capitals without "_" (https://www.postgresql.org/docs/current/libpq-envars.html).
-# It is a list, because drivers have more parameters: a PGSSL or PGDATA made from one could mislead.
+# Only these are copied: drivers know more parameters, and a PGSSL or PGDATA made from one misleads.
 KEYWORDS = """user password passfile host hostaddr port options client_encoding channel_binding
     require_auth requirepeer sslmode sslnegotiation sslcompression sslcert sslkey sslcertmode
     sslrootcert sslcrl sslcrldir sslsni ssl_min_protocol_version ssl_max_protocol_version
@@ -431,6 +434,7 @@ def count_processors() -> int:
 
 
 PREPARATIONS = ("init", "template", "prepare")  # what makes a database ready for each lease
+# What --server-options may not set, because we choose it.
 OWN_SETTINGS = "port|listen.addresses|unix.socket.directories|data.directory|hba.file"
 
 
@@ -695,7 +699,7 @@ class Pool:
 
     If ``prepares`` is true, each database is prepared before each lease. A database that was never
     prepared waits until it is needed. The pool begins the next one while fewer are ready or in
-    preparation than there are waiters and ``spares``.
+    preparation than waiters plus ``spares``.
     """
 
     def __init__(
@@ -899,7 +903,7 @@ class Pool:
 # its lock, or its database must be prepared. _make_available() does what blocks then.
 
 OBSERVER = "pgmanager-observer"  # the first part of the file name that an observer binds to
-MAX_IDLE_THREADS = 48  # threads that wait for a client; more of them end
+MAX_IDLE_THREADS = 48  # threads that are kept for the next clients
 RESERVED_DESCRIPTORS = 24  # for everything but locks, clients and preparations
 PER_PREPARATION = 7  # descriptors: both ends of two pipes, its errors, and a pipe to start it
 
@@ -1269,7 +1273,8 @@ def check_no_other_file(path: str) -> None:
 def remove_dead_socket(path: str, lock: int) -> None:
     """Remove a socket on which nobody listens, and the folders that were made for it.
 
-    The caller has the lock of the path. Raises SocketError if somebody listens.
+    The caller has the lock of the path. Raises SocketInUse if somebody listens, SocketError if it
+    is no socket.
     """
     check_no_other_file(path)
     with socket.socket(socket.AF_UNIX) as probe:
@@ -1375,8 +1380,8 @@ class Lease(str):
         """Rename the database, so that nobody else gets it; return its new name.
 
         The lease goes on without a database, and the next holder gets a fresh copy. Other
-        connections to the database are ended. Blocks. Raises PostgresError, or UsageError if
-        pgmanager did not make the database, or if the lease has ended.
+        connections to the database are ended. Blocks. Raises PostgresError, or UsageError if the
+        database is no fresh copy (of --init or --template), is kept already, or is not leased now.
         """
         if "_descriptors" not in vars(self):
             raise UsageError(f"cannot keep {self}: the lease has ended", "keep it before that")
@@ -1715,7 +1720,8 @@ def get_own_command() -> list[str]:
 def become_wrap(config: Any) -> None:
     """Run this pytest again under `pgmanager wrap`, with the options that the ini file gives.
 
-    Returns if it gives none, or if there is a pool already: a serve's, or the wrap's around us.
+    Returns if the ini file gives none, if there is a pool already (a serve's, or the wrap's around
+    us), and if this pytest cannot be started again, because it runs in a program of another kind.
     """
     try:
         options, command = config.getini("pgmanager"), get_own_command()
@@ -1988,8 +1994,9 @@ def die_of_signal(number: int) -> int:
 # name with an equals sign as connection parameters if it comes with -d.
 
 # We mark our databases with this CONNECTION LIMIT, which CREATE DATABASE sets in the same step, and
-# then with a comment for people. We drop only databases with one of these marks. PostgreSQL itself
-# sets -2 when it begins to drop a database: if that was interrupted, nobody can use it any more.
+# then with a comment for people. We drop only databases with one of these marks, and those of our
+# role with -2. PostgreSQL sets that when it begins to drop a database: if the drop is interrupted,
+# nobody can use the database any more.
 MARK_LIMIT = 1_000_000_007
 MARK_COMMENT = "made by pgmanager"
 
@@ -2016,7 +2023,7 @@ SELECT CASE WHEN current_setting('lc_messages') ~ '^(C|POSIX|en)' THEN 'default'
 # A message and a hint follow, and where they apply.
 RAISE = "SELECT format('DO %L', format('BEGIN RAISE EXCEPTION USING MESSAGE = %L, HINT = %L; END',"
 
-# Its rows say what DROP DATABASE ... WITH (FORCE) would stop at.
+# An error if the database is not ours. Its rows say what DROP DATABASE ... WITH (FORCE) stops at.
 CHECK_SCRIPT = f"""
 {RAISE}
     format('database "%s" was not made by pgmanager', datname),
@@ -2040,8 +2047,8 @@ WHERE datname = current_database() \\gexec
 """
 
 # DROP DATABASE sleeps for 0.1 s if a session is still there, even one that is just ending, and it
-# refuses to end those that use a replication slot. So we first end all sessions that we may end. To
-# look whether there is one takes half as long as the loop.
+# refuses to end those that use a replication slot. So we first end all sessions that we may end.
+# Mostly there is none, and to look takes half as long as the loop.
 END_SESSIONS_SCRIPT = """
 SELECT format('DO %L', format('BEGIN FOR n IN 1..500 LOOP
     PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %L
@@ -2143,7 +2150,7 @@ SELECT datname, datistemplate AND NOT datallowconn AND :is_valid FROM pg_databas
 WHERE starts_with(datname, :'prefix') AND {HAS_OUR_MARK} AND pg_has_role(datdba, 'USAGE');
 """
 
-# What was made after initdb has such numbers (FirstNormalObjectId in PostgreSQL's transam.h).
+# OIDs from 16384 up are of what was made after initdb (FirstNormalObjectId in transam.h).
 COUNT_SCRIPT = """
 SELECT count(*) FROM (SELECT oid FROM pg_class UNION ALL SELECT oid FROM pg_namespace
     UNION ALL SELECT oid FROM pg_extension) AS objects WHERE oid >= 16384;
@@ -2370,7 +2377,7 @@ class Postgres:
         """Yield a session in the database postgres. It inherits the lock.
 
         On a private server it stays open for the next caller: to start psql takes as long as to
-        make a small copy. It has no lock then, but it ends with the server, and that with us.
+        make a small copy. It inherits no lock then, and needs none: the server ends when we end.
         """
         try:
             while not (session := self._idle.pop()).is_alive():  # a test may have ended it
@@ -2435,7 +2442,7 @@ def keep_database(name: str) -> str:
     script = f"SELECT 1 FROM pg_database WHERE datname = :'name' AND {HAS_OUR_MARK};"
     with contextlib.closing(Session(os.environ)) as session:
         if not session.run(script, name=name):
-            problem = f"cannot keep a database that pgmanager did not make: {name}"
+            problem = f"cannot keep {name}: it is no copy that pgmanager made, or is kept already"
             raise UsageError(problem, "serve fresh copies, with --init or --template")
         session.run(KEEP_SCRIPT, name=name, kept=kept)
     return kept
@@ -2443,8 +2450,8 @@ def keep_database(name: str) -> str:
 
 # Between hosts, containers and users. The processes that see the same folder of lock files are a
 # domain. Lock files keep these apart, and PostgreSQL keeps the domains apart: before a server makes
-# databases, it claims its prefix for its domain. A session of its own then holds advisory locks in
-# the database postgres until the server ends: (hash of the prefix, domain), shared.
+# databases, it claims its prefix for its domain. A session of its own then holds one advisory lock
+# in the database postgres until the server ends: (hash of the prefix, domain), shared.
 
 # The lock (key, 0) makes "look, then lock" one step. The transaction stays open, because pgbouncer
 # may give each transaction another session. What the look has locked in the catalogs is unlocked by
@@ -2533,7 +2540,7 @@ class Claim:
                 raise PostgresError(problem, "start again, for another prefix, or end that one")
 
     def watch(self) -> None:
-        """Check every few seconds: while leases last long, nothing is prepared. Does not block."""
+        """Check every few seconds, in a thread: while leases last long, nobody else checks."""
 
         def check_until_closed() -> None:
             while True:
@@ -2727,7 +2734,7 @@ class InitSource:
         self.hash = self.compute_hash()
 
     def compute_hash(self) -> str:
-        """Return a hash of the texts and of the files, wherever the checkout is."""
+        """Return a hash of --init, its files and --server-options, the same in every checkout."""
         import hashlib
 
         parts, named = [self._extra], []
@@ -2836,7 +2843,7 @@ def find_files(pattern: str) -> dict[str, str]:
     """Return the files that a path or pattern of --depends means: {path: path to be hashed}.
 
     The hashed path begins at the folder, or at the first wildcard, so it is the same in every
-    checkout. Hidden files and backups are left out, unless the path names one itself.
+    checkout. Hidden files, backups and compiled Python are left out, unless the path names one.
     """
     import glob
 
@@ -3005,7 +3012,8 @@ MAX_KILOBYTES = 500_000  # of one, not packed
 # line "pack" it stops postgres, saves the data for later runs, and starts postgres again.
 #
 # Descriptor 2 of the watchdog is the folder, locked for as long as the watchdog lives. Its children
-# get the log instead. Only postgres keeps the log open, so its end of file is the end of postgres.
+# get the log instead. Only postgres keeps the log open, so its end of file is the end of postgres:
+# we read it until the start is done, and not after "pack".
 # Signals that are ignored (trap '') are ignored by the children too. SIGPIPE is trapped in another
 # way, because initdb must die of it if we are killed. postgres does not react to SIGQUIT while it
 # begins, or while it is stopped, so the last loop repeats that until postgres has ended.
@@ -3416,6 +3424,7 @@ def start_server(
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    """Serve a pool until a signal comes."""
     options, signals = PoolOptions(args), Signals()
     make_names(options.prefix, options.count)  # raises if there is no prefix
     with contextlib.ExitStack() as stack:
@@ -3441,6 +3450,7 @@ def describe_totals(status: Mapping[str, Any]) -> str:
 
 
 def run_wrap(args: argparse.Namespace) -> int:
+    """Run COMMAND with a pool: one that runs already, or else our own."""
     options, signals = PoolOptions(args), Signals()
     if not options.is_ephemeral:
         env_for("postgres")  # raises before anything starts
@@ -3478,7 +3488,7 @@ def uses_running_pool(options: PoolOptions) -> bool:
     """Tell whether to use a pool that runs at the path: a serve's, or that of the wrap around us.
 
     Says in one line which settings are not used for that reason. Raises SocketError if what is at
-    the path is neither that nor another wrap's pool.
+    the path gives no status, and ServerError if it is another user's.
     """
     check_no_other_file(options.path)
     for _ in range(3):  # a server that is just ending gives no status; then look again
@@ -3515,7 +3525,10 @@ def is_outer_wrap(path: str) -> bool:
 
 
 def bind_wrap_socket(options: PoolOptions, stack: contextlib.ExitStack) -> socket.socket:
-    """Bind the socket of a wrap: a private one if the path is in use, unless --socket named it."""
+    """Bind the socket of a wrap: what --socket names, else one that is free.
+
+    Without --socket, --ephemeral takes a private one, and so do others if the path is in use.
+    """
     if options.is_path_given or not options.is_ephemeral:
         try:
             return bind_socket(options.path, stack)
@@ -3543,6 +3556,7 @@ def report_missing_databases(postgres: Postgres, names: Sequence[str]) -> None:
 
 
 def run_wrap_each(args: argparse.Namespace) -> int:
+    """Run COMMAND for each name, some at a time. Returns the first failure's exit status."""
     names = make_names(get_prefix(args.prefix), get_count(args.count))
     jobs = 1 if args.jobs is None else parse_number(args.jobs, "number of jobs")
     env_for(names[0])  # raises before anything starts
@@ -3581,13 +3595,14 @@ def run_wrap_each(args: argparse.Namespace) -> int:
 
 
 def run_exec(args: argparse.Namespace) -> int:
+    """Acquire a name and become COMMAND. Returns never."""
     env_for("postgres")  # raises before there is a lease
     lease = acquire(args.timeout, socket_path=args.socket)
     if args.verbose:
         say(f"{lease} is leased")
     # COMMAND inherits copies with numbers from 10 up, which a shell's `exec 3<file` leaves alone.
-    # When it ends, the kernel closes the highest number first (measured). So the lock is above the
-    # connection, and the name is unlocked when the server hears of the end.
+    # When it ends, Linux closes the highest number first (measured). So the lock is above the
+    # connection: then the server seldom has to wait for the lock after it hears of the end.
     connection, lock = lease._descriptors
     connection = fcntl.fcntl(connection, fcntl.F_DUPFD, 10)
     if lock != NO_LOCK:
@@ -3604,6 +3619,7 @@ def run_exec(args: argparse.Namespace) -> int:
 
 
 def run_status(args: argparse.Namespace) -> int:
+    """Print the status of one server, or of all."""
     import json
 
     path = get_socket_path(args.socket)
@@ -3710,6 +3726,8 @@ def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
 
     add = parser.add_argument
     text = f"UNIX socket [PGM_SOCKET, PGMANAGER_SOCKET; {DEFAULT_SOCKET}]"
+    if name == "wrap":
+        text += "; with --ephemeral, if not given, a private one"
     add("-s", "--socket", metavar="PATH", default=SUPPRESS, help=text)
     text = "say what happens, on stderr"
     add("-v", "--verbose", action="store_true", default=SUPPRESS, help=text)
@@ -3718,12 +3736,12 @@ def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
         add("--count", metavar="N", help=f"size of the pool [PGM_DATABASE_COUNT; {DEFAULT_COUNT}]")
     if name in ("serve", "wrap"):
         text = "make a template once, with an SQL file, a folder of them, or a shell command; "
-        text += "each lease gets a fresh copy; may be repeated [PGM_INIT]"
+        text += "each lease gets a fresh copy; may be repeated [PGM_INIT: one]"
         add("--init", metavar="FILE|CMD", action="append", help=text)
         text = "what --init reads: a file, a folder, or a pattern with **; "
-        text += "may be repeated [PGM_DEPENDS]"
+        text += "may be repeated [PGM_DEPENDS, separated by :]"
         add("--depends", metavar="PATH", action="append", help=text)
-        add("--rebuild", action="store_true", help="make the template of --init anew")
+        add("--rebuild", action="store_true", help="make the template of --init again")
         text = "each lease gets a fresh copy of this database [PGM_TEMPLATE]"
         add("--template", metavar="NAME", help=text)
         text = "a shell command that makes $PGDATABASE ready for each lease [PGM_PREPARE]"
@@ -3731,10 +3749,11 @@ def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
     if name == "wrap":
         text = "start a throw-away PostgreSQL; PREFIX is then test_ by default"
         add("--ephemeral", action="store_true", help=text)
-        text = "for its postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
+        text = "with --ephemeral: for postgres: '-c name=value' [PGM_SERVER_OPTIONS]"
         add("--server-options", metavar="OPTIONS", help=text)
-        add("--locale", metavar="LOCALE", help="its locale, for initdb [PGM_LOCALE; C]")
-        text = "let it listen on 127.0.0.1 too, with a password [PGM_TCP=1]"
+        text = "with --ephemeral: the locale, for initdb [PGM_LOCALE; C]"
+        add("--locale", metavar="LOCALE", help=text)
+        text = "with --ephemeral: listen on 127.0.0.1 too, with a password [PGM_TCP=1]"
         add("--tcp", action="store_true", help=text)
     if name == "wrap-each":
         text = "go on after a failure, and exit 0"
