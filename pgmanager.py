@@ -448,7 +448,9 @@ class PoolOptions:
         self.command: str = args.subcommand
         self.is_ephemeral: bool = getattr(args, "ephemeral", False)
         self.is_verbose: bool = args.verbose
-        self.path, self.is_path_given = get_socket_path(args.socket), args.socket is not None
+        self.is_path_given = args.socket is not None
+        if self.is_path_given or not self.is_ephemeral:  # else bind_wrap_socket() chooses one
+            self.path = get_socket_path(args.socket)
         self.prefix = get_prefix(args.prefix, "test_" if self.is_ephemeral else "")
         self.count = get_count(args.count)
         if self.prefix:
@@ -1737,8 +1739,9 @@ def become_wrap(config: Any) -> None:
             raise UsageError(f"not an option: {arguments.words[0]}")
     except ValueError as error:  # a UsageError, or one of shlex
         raise UsageError(f"ini option pgmanager: {error}") from None
-    path = get_socket_path()
-    with contextlib.suppress(ServerError):
+    # A default path that is too long is no error here: nobody serves there.
+    with contextlib.suppress(ServerError, UsageError):
+        path = get_socket_path()
         status = observe(path)
         if status is None or status["command"] == "serve" or is_outer_wrap(path):
             return
@@ -1820,7 +1823,7 @@ def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
         names = [row["name"] for row in status["databases"] if row["pid"] not in own]
         if len(names) < len(specs):
             count = len(status["databases"]) - len(names) + len(specs)
-            advice = f"give --count {count}, as no test runs before each worker has one"
+            advice = f"give pgmanager --count {count}, as no test runs before each worker has one"
             raise UsageError(f"too few databases: {len(names)} for {len(specs)} workers", advice)
         if os.path.isdir(status["locks"]):
             first = status["databases"][0]["name"]
@@ -2428,11 +2431,11 @@ class Postgres:
                 advice = f"end the prepared transactions and subscriptions of {name} yourself"
                 raise PostgresError(str(error), advice) from error
 
-    def create_empty(self, names: Iterable[str]) -> None:
+    def create_empty(self, names: Iterable[str], wait_for: WaitFor) -> None:
         """Create empty databases on a private server."""
         lines = [f"CREATE DATABASE {quote_identifier(name)} :strategy;" for name in names]
         with self.session() as session:
-            session.run("\n".join((STRATEGY_SCRIPT, *lines)))
+            session.run("\n".join((STRATEGY_SCRIPT, *lines)), wait_for)
 
 
 def keep_database(name: str) -> str:
@@ -3376,7 +3379,7 @@ def set_up_databases(
     if kind == "template":
         check_template_name(template, names)
     if postgres.is_private and not kind:
-        postgres.create_empty(names)
+        postgres.create_empty(names, signals.wait_for)
     command = options.values[0] if kind == "prepare" else ""
     preparer = Preparer(postgres, template, command, claim) if kind else None
     return postgres, names, preparer
@@ -3476,7 +3479,7 @@ def run_wrap(args: argparse.Namespace) -> int:
         status = server.status()
         if not status["leases"]:
             advice = "give pytest -p pgmanager, or start each test process with pgmanager exec"
-            say(f"no lease was taken: {advice}")
+            say(f"no lease was taken: if COMMAND needs databases, {advice}")
         if returncode and preparer is None and not postgres.is_private:
             report_missing_databases(postgres, server.names)
         if options.is_verbose:
