@@ -84,7 +84,7 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "acquire", "acquire_async", "env_for"]
 __all__ += ["AcquireTimeout", "Error", "LockError", "PoolBroken", "PostgresError"]
 __all__ += ["ServerError", "SocketError", "UsageError"]
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 LINUX = sys.platform == "linux"
 
