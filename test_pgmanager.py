@@ -607,6 +607,24 @@ def test_the_owner_token_shows_whether_another_server_has_used_a_name(two_locks:
         assert not take(ours)
 
 
+@linux
+def test_a_lock_whose_file_is_removed_while_we_wait_is_taken_on_the_new_file() -> None:
+    file = lock_file("db0")
+    first = pgmanager.take_lock(file)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        waiting = threads.submit(pgmanager.take_lock, file, wait=True)
+        links = Path("/proc/self/fd")
+        wait_until(
+            lambda: [os.path.realpath(each) for each in links.iterdir()].count(file) > 1,
+            "the second descriptor",
+        )
+        os.unlink(file)
+        pgmanager.close_lock(first)
+        second = waiting.result(10)
+    assert os.path.samestat(os.fstat(second), os.stat(file))
+    pgmanager.close_lock(second)
+
+
 def test_every_name_has_its_own_lock_file_in_the_same_folder(two_locks: TwoLocks) -> None:
     ours, _ = two_locks
     names = ["a", "a/b", "a%2Fb", "a%b", "a%25b", "../a", "%2Fa", ".hidden", "\u00e9", "x" * 63]
@@ -4696,16 +4714,24 @@ def workplace(folder: Path, path: str) -> Iterator[Words]:
     def words(*more: str, prefix: str = "db") -> list[str]:
         return ["wrap", "--ephemeral", "-s", path, "--prefix", prefix, "--count", "2", *more]
 
-    shared_memory = "/dev/shm/PostgreSQL.*"
-    before = set(glob.glob(shared_memory))
+    before = unused_shared_memory()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TMPDIR", str(folder))
         environment.chdir(folder)
         yield words
     wait_until(lambda: not processes_in(folder), f"the end of {processes_in(folder)}")
     wait_until(lambda: not postgres_folders(folder), "the removal of PostgreSQL's folder")
-    wait_until(lambda: not set(glob.glob(shared_memory)) - before, "the end of shared memory")
+    wait_until(lambda: not unused_shared_memory() - before, "the end of shared memory")
     assert not os.path.exists(path)
+
+
+def unused_shared_memory() -> set[str]:
+    """Return the segments of PostgreSQL that no server uses any more, whoever started it."""
+    files, used = glob.glob("/dev/shm/PostgreSQL.*"), ""
+    for maps in glob.glob("/proc/[0-9]*/maps") if files else ():
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+            used += Path(maps).read_text(errors="replace")
+    return {file for file in files if file not in used}
 
 
 def postgres_folders(folder: Path) -> list[str]:
