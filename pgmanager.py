@@ -300,7 +300,7 @@ def env_for(database: str, env: Mapping[str, str] | None = None) -> dict[str, st
         parameters = get_url_parameters(url)
         if "service" in parameters:
             raise UsageError("DATABASE_URL has a service", "give its host and port instead")
-        if "host" in parameters and "hostaddr" not in parameters:
+        if parameters.get("host") and "hostaddr" not in parameters:
             env.pop("PGHOSTADDR", None)  # it would win over the URL's host
         known = parameters.keys() & VARIABLES.keys()
         env.update({VARIABLES[keyword]: parameters[keyword] for keyword in known})
@@ -855,7 +855,7 @@ class Pool:
         """Lock a free name at once; if that fails, leave it to a worker thread to wait for it."""
         try:
             return self._locks.take(database.name)
-        except OSError:  # another process has it, or no descriptor is left: the worker finds out
+        except (OSError, LockError):  # another process has it, or it fails: the worker finds out
             self._set_state(database, ELSEWHERE)
             self._enqueue(database.name)
             return NO_LOCK, False
@@ -1139,7 +1139,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 except BlockingIOError:
                     self.pool.mark_elsewhere(name)
                     lock, has_our_token = self._locks.take(name, wait=True)
-            except OSError as error:  # no descriptor, a full disk
+            except (OSError, LockError) as error:  # no descriptor, a full disk
                 if not self._ending.wait(1):
                     say_once(f"cannot lock {name} for now: {error}; it is tried again")
                 continue
@@ -1197,13 +1197,16 @@ class Server(socketserver.ThreadingUnixStreamServer):
 # what a killed server has left.
 
 
-def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
+def bind_socket(
+    path: str, stack: contextlib.ExitStack, sleep: Callable[[float], object] = time.sleep
+) -> socket.socket:
     """Bind a socket that does not listen yet; remove it when the stack ends.
 
-    A dead socket is replaced. Raises SocketInUse if the path is in use, else SocketError.
+    A dead socket is replaced. Blocks, with ``sleep``, while another server is at this point. Raises
+    SocketInUse if the path is in use, else SocketError.
     """
     try:
-        lock = lock_socket_path(path, stack)
+        lock = lock_socket_path(path, stack, sleep)
         folder, made = os.path.dirname(path), []
         while not os.path.lexists(folder):
             made.append(folder)
@@ -1223,11 +1226,14 @@ def bind_socket(path: str, stack: contextlib.ExitStack) -> socket.socket:
         raise SocketError(problem, "choose another path, such as -s /tmp/pgm.sock") from error
 
 
-def lock_socket_path(path: str, stack: contextlib.ExitStack) -> int:
+def lock_socket_path(
+    path: str, stack: contextlib.ExitStack, sleep: Callable[[float], object]
+) -> int:
     """Lock the path of a socket until the stack ends, and remove what killed servers have left."""
     # One server after the other: to remove a leftover, one locks its path, and a server that starts
     # there at this moment would find it in use.
-    turn = take_lock(os.path.join(make_private_folder(), "sockets.lock"), wait=True)
+    file = os.path.join(make_private_folder(), "sockets.lock")
+    turn = wait_for_lock(file, f"another start of pgmanager: {file}", sleep, patience=2)
     try:
         for leftover in list_socket_paths():
             with contextlib.suppress(SocketError, OSError), locked_socket_path(leftover):
@@ -2564,7 +2570,10 @@ class Claim:
         """Claim a prefix; return who else has it, or "" if it is ours now."""
         others = "unknown"
         try:
-            values = {"key": hash_to_number(prefix), "domain": self._domain}
+            # Two prefixes can have names in common only if they differ in digits at the end, as db
+            # and db1 do: db10. They are claimed as one.
+            key = hash_to_number(prefix.rstrip("0123456789"))
+            values = {"key": key, "domain": self._domain}
             ((others, self.role),) = self.open_session().run(CLAIM_SCRIPT, wait_for, **values)
         finally:
             if others:  # the session may have the lock (key, 0), which ends with it
@@ -2828,7 +2837,10 @@ def reads_other_files(path: str) -> bool:
             statement += b" " if depth else text[start : found.start()]
             depth += (kind == "open") - (kind == "close")
             start = position
-        elif kind:
+        elif not kind:  # quoted text
+            statement += text[start : found.start()] + b"''"
+            start = position
+        else:
             statement += text[start:position]
             if kind == "connect" or leaving.match(statement):
                 line = os.fsdecode(bytes(statement.strip()[:60]))
@@ -3087,7 +3099,7 @@ class ThrowAwayServer:
     def start(self, key: str, stack: contextlib.ExitStack) -> Postgres:
         """Start the server, until the stack ends. With a key, use the data packed for that key."""
         for name in os.listdir(self._base):
-            if name.startswith(FOLDER):
+            if re.fullmatch(f"{FOLDER}[a-z0-9_]{{8}}", name):  # as tempfile.mkdtemp() names it
                 self._remove(f"{self._base}/{name}")
         empty, packed = self._get_packed_files(key)
         if self._options.is_rebuild:  # init may make roles, which the packed data have already
@@ -3410,11 +3422,17 @@ def start_server(
     options: PoolOptions, listener: socket.socket, signals: Signals, stack: contextlib.ExitStack
 ) -> tuple[Server, Postgres, Preparer | None]:
     """Set up the databases, and serve them, by a daemon thread, until the stack ends."""
+    path = listener.getsockname()
+    bound = os.lstat(path)
     postgres, names, preparer = set_up_databases(options, signals, stack)
+    listener.listen(Server.request_queue_size)
+    # Until now another user or container, which has locks of its own, could take our socket for a
+    # dead one, and replace it.
+    if not os.path.lexists(path) or not os.path.samestat(os.lstat(path), bound):
+        raise SocketInUse(path)
     locks = Locks(postgres.locks_folder)
     stack.callback(locks.unlock_folder)
     prepare = preparer.prepare if preparer else None
-    path = listener.getsockname()
     server = Server(options.command, path, listener, names, locks, prepare)
     stack.callback(server.server_close)
     if preparer:
@@ -3432,7 +3450,7 @@ def run_serve(args: argparse.Namespace) -> int:
     make_names(options.prefix, options.count)  # raises if there is no prefix
     with contextlib.ExitStack() as stack:
         # The socket comes first: if it is in use, no template has been made in vain.
-        listener = bind_socket(options.path, stack)
+        listener = bind_socket(options.path, stack, signals.sleep)
         server, _, _ = start_server(options, listener, signals, stack)
         say(describe_pool(server))
         while signals.ended_by is None:
@@ -3465,7 +3483,7 @@ def run_wrap(args: argparse.Namespace) -> int:
     make_names(options.prefix, options.count)  # raises if there is no prefix
     with contextlib.ExitStack() as stack:
         # The socket comes first: if it is in use, no template has been made in vain.
-        listener = bind_wrap_socket(options, stack)
+        listener = bind_wrap_socket(options, stack, signals.sleep)
         server, postgres, preparer = start_server(options, listener, signals, stack)
         if options.is_verbose:
             say(describe_pool(server))
@@ -3527,14 +3545,16 @@ def is_outer_wrap(path: str) -> bool:
     return {os.environ.get("PGM_SOCKET"), os.environ.get("PGMANAGER_SOCKET")} == {path}
 
 
-def bind_wrap_socket(options: PoolOptions, stack: contextlib.ExitStack) -> socket.socket:
+def bind_wrap_socket(
+    options: PoolOptions, stack: contextlib.ExitStack, sleep: Callable[[float], object]
+) -> socket.socket:
     """Bind the socket of a wrap: what --socket names, else one that is free.
 
     Without --socket, --ephemeral takes a private one, and so do others if the path is in use.
     """
     if options.is_path_given or not options.is_ephemeral:
         try:
-            return bind_socket(options.path, stack)
+            return bind_socket(options.path, stack, sleep)
         except SocketInUse:
             if options.is_path_given:
                 raise
@@ -3542,7 +3562,7 @@ def bind_wrap_socket(options: PoolOptions, stack: contextlib.ExitStack) -> socke
     while True:
         number += 1
         with contextlib.suppress(SocketInUse):
-            return bind_socket(f"{make_private_folder()}/wrap-{number}.sock", stack)
+            return bind_socket(f"{make_private_folder()}/wrap-{number}.sock", stack, sleep)
 
 
 def report_missing_databases(postgres: Postgres, names: Sequence[str]) -> None:

@@ -721,6 +721,19 @@ def test_a_server_locks_its_private_folder_and_makes_it_again_if_it_is_removed(
         ended(process)
 
 
+def test_a_name_is_not_lost_while_the_private_folder_cannot_be_used(user: User, path: str) -> None:
+    options, uid, private = user
+    with served(path, "--count", "2", **options) as process:
+        shutil.rmtree(private)
+        private.mkdir(0o755)
+        os.chown(private, uid, -1)
+        with connected(path, 2) as clients:
+            wait_for_waiters(path, 2)
+            private.chmod(0o700)
+            assert sorted(map(name_of, clients)) == ["db0", "db1"]
+        ended(process)
+
+
 def test_a_server_removes_the_sockets_of_killed_servers_when_it_starts(path: str) -> None:
     living, inner = f"{path}-living", f"{path}-folder/a/b"
     with served(path) as one, served(inner) as two, served(living, prefix="living") as alive:
@@ -2337,6 +2350,8 @@ SCRIPTS = [
     (LEAVES, "copy t from stdin;\r\nit's\r\n\\.\r\ndrop database x;"),
     (LEAVES, "\\copy t from stdin null '\\N'\nit's\n\\.\ndrop database x;"),
     (LEAVES, "copy (select 1 from stdin) to stdout; drop database x;"),
+    (LEAVES, "copy t to '/x from stdin';\ndrop database x;"),
+    (LEAVES, 'copy t("x from stdin") to stdout;\ndrop database x;'),
     (READS, "\\i x.sql"),
     (READS, "select 1 \\gexec"),
     (READS, "\\echo drop database x;"),
@@ -2358,6 +2373,7 @@ SCRIPTS = [
     (STAYS, "\tCopy/**/t (a, b)\nFROM -- ;\nSTDIN\nwith (delimiter ';');\n\\c x\n\\.\n"),
     (STAYS, "comment on database x is 'alter'; create table database(); drop table database;"),
     (STAYS, "select (create database x);"),
+    (STAYS, "copy \"t\" from stdin null 'x';\ndrop database x;\n\\.\n"),
 ]
 
 
@@ -3200,6 +3216,19 @@ def test_a_prefix_of_the_users_choice_and_one_that_goes_on_with_host2_share_no_d
                 assert name == "host3_0"
             with three.start(**chosen) as third, three.lease(third) as (name, _):
                 assert name == "host2_host2_0"
+
+
+@needs_postgres
+def test_prefixes_that_differ_only_in_digits_at_the_end_share_no_database(
+    cluster: Cluster, domains: list[Domain]
+) -> None:
+    one, two, _ = domains
+    prefix = f"{cluster.prefix}a"  # of which a10 is a name, as it is of a1
+    chosen = {"PGM_DATABASE_PREFIX": prefix, "PGM_DATABASE_COUNT": "11"}
+    with one.start(**chosen) as server, one.lease(server) as (name, _):
+        assert name in ("a0", "a1")
+        with two.start(PGM_DATABASE_PREFIX=f"{prefix}1") as other, two.lease(other) as (name, _):
+            assert name.startswith("a1host2_")
 
 
 @needs_postgres
@@ -4965,6 +4994,33 @@ def test_wrap_killed_during_its_start_leaves_nothing(
         assert process.returncode == -number
         assert number == signal.SIGKILL or not postgres_folders(folder)
     Path(path).unlink(missing_ok=True)  # SIGKILL leaves it, until the next start removes it
+
+
+@needs_postgres
+def test_wrap_removes_no_folder_that_it_has_not_made(workplace: Words, folder: Path) -> None:
+    own = folder / "pgmanager-postgres-of-mine"
+    own.mkdir()
+    done = run(*workplace("--", "echo", "ran"))
+    assert done.stdout == "ran\n", done.stderr
+    own.rmdir()
+
+
+@needs_postgres
+def test_a_server_whose_socket_another_domain_has_replaced_does_not_run_command(
+    workplace: Words, folder: Path, path: str
+) -> None:
+    os.mkfifo(folder / "gate")
+    with started(*workplace("--init", "touch began; read x <gate", "echo", "ran")) as process:
+        wait_until((folder / "began").exists, "the init")
+        os.unlink(path)  # another domain has other locks, so it takes the socket for a dead one
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(path)
+            other.listen()
+            (folder / "gate").write_text("go\n")
+            stdout, stderr = process.communicate(timeout=DEADLINE)
+            assert (process.returncode, stdout) == (125, "")
+            assert f"pgmanager: socket is in use: {path}; " in stderr
+            os.unlink(path)  # it is still there
 
 
 @needs_postgres
