@@ -3428,7 +3428,9 @@ def start_server(
     listener.listen(Server.request_queue_size)
     # Until now another user or container, which has locks of its own, could take our socket for a
     # dead one, and replace it.
-    if not os.path.lexists(path) or not os.path.samestat(os.lstat(path), bound):
+    if not os.path.lexists(path):
+        raise SocketError(f"the socket was removed during the start: {path}", "start again")
+    if not os.path.samestat(os.lstat(path), bound):
         raise SocketInUse(path)
     locks = Locks(postgres.locks_folder)
     stack.callback(locks.unlock_folder)

@@ -5024,6 +5024,16 @@ def test_a_server_whose_socket_another_domain_has_replaced_does_not_run_command(
 
 
 @needs_postgres
+def test_a_server_whose_socket_was_removed_during_its_start_says_so(
+    workplace: Words, path: str
+) -> None:
+    done = run(*workplace("--init", f"rm {path}", "echo", "ran"))
+    error = f"pgmanager: the socket was removed during the start: {path}; start again\n"
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.endswith(error)
+
+
+@needs_postgres
 def test_ctrl_c_ends_the_making_of_many_empty_databases(workplace: Words, folder: Path) -> None:
     databases = f"{folder}/pgmanager-postgres-*/data/base/*"
     words = workplace("echo", "ran")
