@@ -1233,7 +1233,7 @@ def lock_socket_path(
     # One server after the other: to remove a leftover, one locks its path, and a server that starts
     # there at this moment would find it in use.
     file = os.path.join(make_private_folder(), "sockets.lock")
-    turn = wait_for_lock(file, f"another start of pgmanager: {file}", sleep, patience=2)
+    turn = wait_for_lock(file, f"another start of pgmanager: {file}", sleep, patience=20)
     try:
         for leftover in list_socket_paths():
             with contextlib.suppress(SocketError, OSError), locked_socket_path(leftover):
