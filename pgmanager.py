@@ -27,9 +27,9 @@ What always holds. On one Linux machine a name never has two holders, whatever i
 many servers of one user serve the same port of PostgreSQL. (A client without the lock, because it
 drops it, or on macOS, or behind ssh, has its name alone as long as the server lives.) Servers of
 other users, containers and hosts that make copies on the same PostgreSQL get another prefix, so
-they never share a database. No name is lost.
-One server serves its clients in the order of their arrival. A crash never prevents the next start.
-A database that pgmanager did not make is never dropped.
+they never share a database. No name is lost. One server serves its clients in the order of their
+arrival. A crash never prevents the next start. A database that pgmanager did not make is never
+dropped.
 
 How to read this file. The sections are Errors, Configuration, Locks, Pool, Server, Client,
 Processes, Databases, Commands, Parser. Each uses only what stands above it, with two exceptions:
@@ -700,8 +700,8 @@ class Pool:
     database, unlocks the name, locks it again and calls offer() again.
 
     If ``prepares`` is true, each database is prepared before each lease. A database that was never
-    prepared waits until it is needed. The pool begins the next one while fewer are ready or in
-    preparation than waiters plus ``spares``.
+    prepared waits until it is needed. The pool begins the next one as long as those that are ready
+    or in preparation are fewer than the waiters and ``spares`` together.
     """
 
     def __init__(
@@ -1202,8 +1202,8 @@ def bind_socket(
 ) -> socket.socket:
     """Bind a socket that does not listen yet; remove it when the stack ends.
 
-    A dead socket is replaced. Blocks, with ``sleep``, while another server is at this point. Raises
-    SocketInUse if the path is in use, else SocketError.
+    A dead socket is replaced. Blocks while another server does this; ``sleep`` may then raise
+    Interrupted. Raises SocketInUse if the path is in use, else SocketError.
     """
     try:
         lock = lock_socket_path(path, stack, sleep)
@@ -3425,13 +3425,6 @@ def start_server(
     path = listener.getsockname()
     bound = os.lstat(path)
     postgres, names, preparer = set_up_databases(options, signals, stack)
-    listener.listen(Server.request_queue_size)
-    # Until now another user or container, which has locks of its own, could take our socket for a
-    # dead one, and replace it.
-    if not os.path.lexists(path):
-        raise SocketError(f"the socket was removed during the start: {path}", "start again")
-    if not os.path.samestat(os.lstat(path), bound):
-        raise SocketInUse(path)
     locks = Locks(postgres.locks_folder)
     stack.callback(locks.unlock_folder)
     prepare = preparer.prepare if preparer else None
@@ -3439,6 +3432,12 @@ def start_server(
     stack.callback(server.server_close)
     if preparer:
         stack.callback(preparer.stop)
+    # Now it listens. Until then another user or container, which has locks of its own, could take
+    # our socket for a dead one, and replace it.
+    if not os.path.lexists(path):
+        raise SocketError(f"the socket was removed during the start: {path}", "start again")
+    if not os.path.samestat(os.lstat(path), bound):
+        raise SocketInUse(path)
     thread = threading.Thread(target=server.serve_forever, name="pgmanager", daemon=True)
     thread.start()
     stack.callback(thread.join)
@@ -3620,7 +3619,7 @@ def run_wrap_each(args: argparse.Namespace) -> int:
 
 
 def run_exec(args: argparse.Namespace) -> int:
-    """Acquire a name and become COMMAND. Returns never."""
+    """Acquire a name and become COMMAND. Does not return."""
     env_for("postgres")  # raises before there is a lease
     lease = acquire(args.timeout, socket_path=args.socket)
     if args.verbose:

@@ -1132,7 +1132,7 @@ def test_the_real_path_of_a_socket_may_be_longer_than_the_name_of_a_file(folder:
 
 
 def test_a_killed_server_starts_again_while_another_removes_what_it_left(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: Patch
 ) -> None:
     left, other = str(folder / "left"), str(folder / "other")
     with socket.socket(socket.AF_UNIX) as killed:
